@@ -1,0 +1,1 @@
+"""What a subset is: files, draws, merging, layer detection."""

@@ -1,0 +1,141 @@
+"""What a recovery method is: the attacker's side of the benchmark.
+
+A method sees an `Observation` and returns a `Recovery`. The true weight, the LoRA factors and the names of models
+and layers live on the judge's side (`lowra.bench`, `lowra.metrics`) and never cross this boundary.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lowra.errors import LowraError
+
+Stat = float | int | str | bool | None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All an attacker has of one layer.
+
+    merged: (n, d, k) float32, the merged weights W'_i = W + (alpha_i / r_i) B_i A_i of n fine-tuned models.
+    rank: the LoRA rank where the setting grants it, else None.
+    seed: for methods that draw random numbers; the same for every method of a draw and layer.
+    storage: dtype the published W'_i were stored in before they were read into float32 (their rounding grid).
+        The attacker sees it in the checkpoint file's header.
+    """
+
+    merged: Tensor
+    rank: int | None = None
+    seed: int = 0
+    storage: torch.dtype = torch.float32
+
+
+@dataclass
+class Recovery:
+    """What a method returns for one layer.
+
+    candidates: (c, d, k), float32 or float64; the scores are averaged over the c candidates (most methods have one).
+    status: "ok", or the method's own sentence on how far its answer can be trusted.
+    stats: scalars that become columns `stat_<key>` of `layers.parquet`.
+    history: per-step numbers (one dict a step) for methods that keep them when asked.
+    """
+
+    candidates: Tensor
+    status: str = "ok"
+    stats: dict[str, Stat] = field(default_factory=dict)
+    history: list[dict[str, float]] | None = None
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A recovery method: hyperparameters are its fields, run state is local to `recover`.
+
+    Implementations are frozen dataclasses in a module named as their config key. `pretty` is the name in tables,
+    `reference` where the method is described. Setting `needs_rank = True` makes the run fail early, not in the
+    middle, when the setting does not grant the rank.
+    """
+
+    pretty: str
+    reference: str
+    needs_rank: bool
+
+    def recover(self, observation: Observation) -> Recovery:
+        """Estimate the shared pre-fine-tuning weight of one layer."""
+        ...
+
+
+@dataclass(frozen=True)
+class FunctionMethod:
+    """A plain function of the stack `(n, d, k)` made into a method.
+
+    The function may also ask for `rank`, `seed` or `storage` by naming a parameter so. It returns `(d, k)`,
+    or `(c, d, k)` for several candidates.
+    """
+
+    function: Callable[..., Tensor]
+    pretty: str
+    reference: str = ""
+    needs_rank: bool = False
+
+    def recover(self, observation: Observation) -> Recovery:
+        """Call the function with what it asks for."""
+        granted = {"rank": observation.rank, "seed": observation.seed, "storage": observation.storage}
+        wanted = inspect.signature(self.function).parameters
+        weight = self.function(observation.merged, **{k: v for k, v in granted.items() if k in wanted})
+        return Recovery(weight if weight.ndim == 3 else weight.unsqueeze(0))  # (c, d, k)
+
+
+def as_method(target: Any, name: str) -> Method:
+    """Turn what a config's `_target_` made into a `Method`, or say in one sentence why it is none.
+
+    Accepts an object with `recover(observation)`, or a callable of the stack (`_partial_: true` in the config).
+    """
+    if callable(getattr(target, "recover", None)):
+        for attribute, default in (("pretty", name), ("reference", ""), ("needs_rank", False)):
+            if not hasattr(target, attribute):
+                object.__setattr__(target, attribute, default)
+        return target  # type: ignore[no-any-return]
+    if callable(target):
+        parameters = inspect.signature(target).parameters
+        if not parameters:
+            raise LowraError(f"Method {name!r} takes no argument; a method function takes the stack (n, d, k) first.")
+        bare = target.func if isinstance(target, functools.partial) else target
+        pretty = getattr(bare, "pretty", name)
+        return FunctionMethod(target, pretty, needs_rank=_needs(parameters))
+    raise LowraError(
+        f"Method {name!r} is a {type(target).__name__}; expected an object with recover(observation), "
+        "or a function of the stack (n, d, k) given with `_partial_: true`."
+    )
+
+
+def _needs(parameters: Any) -> bool:
+    rank = parameters.get("rank")
+    return rank is not None and rank.default is inspect.Parameter.empty
+
+
+def check_observation(observation: Observation) -> None:
+    """Refuse a stack no method can work on, with the reason.
+
+    Raises LowraError for fewer than two models, non-floating or non-finite weights, or a rank above min(d, k).
+    """
+    merged = observation.merged
+    if merged.ndim != 3:
+        raise LowraError(f"A stack of merged weights has shape (n, d, k); got {tuple(merged.shape)}.")
+    if not merged.is_floating_point():
+        raise LowraError(
+            f"The merged weights are {merged.dtype}; expected floating point (dequantise quantised weights first)."
+        )
+    n, d, k = merged.shape
+    if n < 2:
+        raise LowraError(f"Recovery compares models and needs at least 2; got {n}.")
+    if not torch.isfinite(merged).all():
+        raise LowraError("The merged weights contain NaN or infinity; check the files they were read from.")
+    if observation.rank is not None and not 1 <= observation.rank <= min(d, k):
+        raise LowraError(f"Rank {observation.rank} does not fit a {d} x {k} layer; expected 1 to {min(d, k)}.")

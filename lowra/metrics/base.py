@@ -1,0 +1,48 @@
+"""What a semantic metric is: it compares the recovered model's behaviour with the true pre-fine-tuning model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Weights = Mapping[tuple[str, str], Tensor]
+"""Recovered weights: (component, checkpoint layer name) to a (d, k) matrix. Layers not in it are the base model's."""
+
+
+class Scorer(Protocol):
+    """A metric bound to one base model: reference outputs are computed once, recovered models are scored one by one."""
+
+    def score(self, weights: Weights, label: str) -> dict[str, float]:
+        """Score one recovered model: a value per column of the metric, and extra columns if it likes.
+
+        label: where kept outputs (texts, images) of this model go: "reference", "spectral_detuning", "lora_ft/3"...
+        A relative path below the scorer's artifact folder.
+        """
+        ...
+
+
+class Metric(Protocol):
+    """A semantic metric is a frozen dataclass; its fields are its settings.
+
+    column: its column in `trials.parquet`. pretty: the heading in tables. families: the subsets it can score.
+    """
+
+    column: str
+    pretty: str
+    families: tuple[str, ...]
+
+    def check(self, base: str, evaluation: Path | None) -> None:
+        """Raise LowraError for anything that would stop scoring later: missing files, packages, memory."""
+        ...
+
+    def scorer(self, base: str, evaluation: Path | None, device: torch.device, artifacts: Path | None) -> Scorer:
+        """Load the base model and compute the reference outputs.
+
+        evaluation: the builder's folder of evaluation inputs, None when the metric's own fields name them.
+        artifacts: a folder for kept outputs, or None to keep none.
+        """
+        ...
