@@ -10,7 +10,7 @@ from lowra.methods.base import Observation, Recovery, check_observation
 
 @dataclass(frozen=True)
 class MeanLora:
-    """ "Mean LoRA" of Tables 2 to 4: the mean of the n merged weights. Also where Spectral DeTuning starts."""
+    """The row "Mean LoRA" of Tables 2 to 4: the mean of the n merged weights. Also where Spectral DeTuning starts."""
 
     pretty: ClassVar[str] = "Mean LoRA"
     reference: ClassVar[str] = "Horwitz et al. 2024, Recovering the Pre-Fine-Tuning Weights of Generative Models"

@@ -3,14 +3,13 @@
 Alternate two closed-form steps until the time is up: given W, each update M_i is the best rank-r approximation of
 W'_i - W (Eq. 5); given the M_i, W is the mean of W'_i - M_i (Eq. 7). A scheduler raises the rank from 1 to r.
 
-Where this differs from the pseudocode, none of it changes what is computed, except for rounding and random draws:
+Where this differs from the pseudocode (nothing but rounding and the random draws changes):
 
 1. `torch.svd_lowrank(A, q=r)` finds an orthonormal Q of r columns, then the SVD of the small matrix Q^T A (r, k).
    All r singular values are kept, so the product U S V^T is Q Q^T A whatever that SVD is. We form Q Q^T A and leave the
    SVD out: it is most of the time on small layers.
 2. The n truncations of a step run as one batch and share one Gaussian test matrix instead of drawing n of them.
-3. W is updated by the mean residual, W += mean(W'_i - W - M_i), which is Eq. 7 with W taken out of the sum: it rounds
-   relative to the residual instead of relative to W'_i.
+3. The loss takes (W'_i - M_i) - W, which the W-step has at hand, for W'_i - (W + M_i).
 4. Random numbers come from the observation's own seed; the global generator is not touched.
 """
 
@@ -78,7 +77,7 @@ class SpectralDeTuning:
     def recover(self, observation: Observation) -> Recovery:
         """Estimate W by Algorithm 2.
 
-        Returns one candidate (1, d, k), float32 (float64 with `compress`), with the last step's loss (mean squared
+        Returns one candidate (1, d, k), in the dtype of the stack, with the last step's loss (mean squared
         residual, Algorithm 2), its rank and whether the subspace was used in the stats.
         Raises LowraError for a stack no method can work on, or when no rank is given.
         """
@@ -89,17 +88,19 @@ class SpectralDeTuning:
         stack = observation.merged
         n, d, k = stack.shape
         generator = torch.Generator().manual_seed(observation.seed)
-        if self.compress and n * rank < min(d, k):
+        compressed = self.compress and n * rank < min(d, k)
+        if compressed:
             left, right, mean, cores = joint_subspace(stack, rank, generator)
             outside = (sum((w.double() - mean).square().sum() for w in stack) - cores.square().sum()).clamp(min=0)
             estimate, history = self._iterate(cores, rank, generator, entries=d * k, outside=float(outside) / n)
-            weight = mean + left @ estimate @ right.mT  # (d, k)
+            # Back in float32, in which Algorithm 2 works: W is a float32 weight, and rounding to its grid only helps.
+            weight = (mean + left @ estimate @ right.mT).to(stack.dtype)  # (d, k)
         else:
             weight, history = self._iterate(stack, rank, generator, entries=d * k)
         last = history[-1]
         return Recovery(
             weight.unsqueeze(0),
-            stats={"loss": last["loss"], "final_rank": int(last["rank"]), "compressed": weight.dtype == torch.float64},
+            stats={"loss": last["loss"], "final_rank": int(last["rank"]), "compressed": compressed},
             history=history if self.keep_history else None,
         )
 
@@ -116,15 +117,11 @@ class SpectralDeTuning:
         weight = stack.mean(0)  # (a, b)
         history = []
         for _ in range(self.steps):
-            # M-step (Eq. 5): M_i is the rank-r part of W'_i - W; the residual is what it leaves.
-            residual = stack - weight  # (n, a, b)
-            residual -= low_rank_part(residual, current_rank, generator)
+            # M-step (Eq. 5): what the rank-r updates leave of the merged weights, W'_i - M_i.
+            rest = stack - low_rank_part(stack - weight, current_rank, generator)  # (n, a, b)
             # W-step (Eq. 7), and the loss with the new W.
-            change = residual.mean(0)  # (a, b)
-            weight = weight + change
-            residual -= change
-            squares = float(torch.linalg.vector_norm(residual)) ** 2 / len(stack)
-            loss = (squares + outside) / entries
+            weight = rest.mean(0)  # (a, b)
+            loss = (float((rest - weight).square_().mean()) * weight.numel() + outside) / entries
             history.append({"loss": loss, "rank": float(current_rank)})
             if ranks:
                 current_rank = ranks.step(loss)
