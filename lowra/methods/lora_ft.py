@@ -10,7 +10,7 @@ from lowra.methods.base import Observation, Recovery, check_observation
 
 @dataclass(frozen=True)
 class LoraFT:
-    """The row "LoRA FT" of Tables 2 to 4: each of the n merged weights is one candidate, and the scores are averaged."""
+    """The row "LoRA FT" of Tables 2 to 4: the n merged weights are the candidates, the scores averaged."""
 
     pretty: ClassVar[str] = "LoRA FT"
     reference: ClassVar[str] = "Horwitz et al. 2024, Recovering the Pre-Fine-Tuning Weights of Generative Models"

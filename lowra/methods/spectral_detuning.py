@@ -5,18 +5,18 @@ W'_i - W (Eq. 5); given the M_i, W is the mean of W'_i - M_i (Eq. 7). A schedule
 
 Where this differs from the pseudocode (nothing but rounding and the random draws changes):
 
-1. `torch.svd_lowrank(A, q=r)` finds an orthonormal Q of r columns, then the SVD of the small matrix Q^T A (r, k).
-   All r singular values are kept, so the product U S V^T is Q Q^T A whatever that SVD is. We form Q Q^T A and leave the
-   SVD out: it is most of the time on small layers.
-2. The n truncations of a step run as one batch and share one Gaussian test matrix instead of drawing n of them.
-3. The loss takes (W'_i - M_i) - W, which the W-step has at hand, for W'_i - (W + M_i).
-4. Random numbers come from the observation's own seed; the global generator is not touched.
+1. The n truncations of a step run as one batch of `torch.svd_lowrank` and share a Gaussian test matrix instead of
+   drawing n of them.
+2. The loss takes (W'_i - M_i) - W, which the W-step has at hand, for W'_i - (W + M_i).
+3. The random numbers come from the observation's own seed; the global generator is left as it was.
+4. Only with `compress`: the iteration runs in the joint subspace (`joint_subspace`), in float64, and the truncation
+   leaves out an SVD that cancels (`projection`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from lowra.errors import LowraError
 from lowra.methods.base import Observation, Recovery, check_observation
 
-# torch.svd_lowrank's default, which Algorithm 2 leaves as it is.
+# The default `niter` of torch.svd_lowrank, which Algorithm 2 leaves as it is.
 SUBSPACE_ITERATIONS = 2
 
 # Extra columns per model in the sketches of the joint subspace: the usual 5 to 10 of randomised range finders (Halko
@@ -87,16 +87,16 @@ class SpectralDeTuning:
             raise LowraError("Spectral DeTuning needs the LoRA rank, and this setting does not grant it.")
         stack = observation.merged
         n, d, k = stack.shape
-        generator = torch.Generator().manual_seed(observation.seed)
         compressed = self.compress and n * rank < min(d, k)
-        if compressed:
-            left, right, mean, cores = joint_subspace(stack, rank, generator)
-            outside = (sum((w.double() - mean).square().sum() for w in stack) - cores.square().sum()).clamp(min=0)
-            estimate, history = self._iterate(cores, rank, generator, entries=d * k, outside=float(outside) / n)
-            # Back in float32, in which Algorithm 2 works: W is a float32 weight, and rounding to its grid only helps.
-            weight = (mean + left @ estimate @ right.mT).to(stack.dtype)  # (d, k)
-        else:
-            weight, history = self._iterate(stack, rank, generator, entries=d * k)
+        with torch.random.fork_rng(devices=[stack.device] if stack.is_cuda else []):
+            torch.manual_seed(observation.seed)
+            if compressed:
+                left, right, mean, cores, outside = joint_subspace(stack, rank)
+                core, history = self._iterate(cores, rank, projection, entries=d * k, outside=outside)
+                # Back in float32, as Algorithm 2 works: W is a float32 weight, and rounding to its grid only helps.
+                weight = (mean + left @ core @ right.mT).to(stack.dtype)  # (d, k)
+            else:
+                weight, history = self._iterate(stack, rank, svd_truncation, entries=d * k)
         last = history[-1]
         return Recovery(
             weight.unsqueeze(0),
@@ -105,12 +105,12 @@ class SpectralDeTuning:
         )
 
     def _iterate(
-        self, stack: Tensor, rank: int, generator: torch.Generator, *, entries: int, outside: float = 0.0
+        self, stack: Tensor, rank: int, truncate: Callable[[Tensor, int], Tensor], *, entries: int, outside: float = 0.0
     ) -> tuple[Tensor, list[dict[str, float]]]:
         """Algorithm 2 on a stack (n, a, b): the merged weights, or their cores in the joint subspace.
 
         `entries` is the number of weights of the layer and `outside` the squared norm per model that the stack leaves
-        out: with them the loss is the full layer's in either space.
+        out: with them the loss is the full layer's in either space. Returns W (a, b) and loss and rank of every step.
         """
         ranks = RankScheduler(self, rank) if self.scheduler else None
         current_rank = ranks.current_rank if ranks else rank
@@ -118,7 +118,7 @@ class SpectralDeTuning:
         history = []
         for _ in range(self.steps):
             # M-step (Eq. 5): what the rank-r updates leave of the merged weights, W'_i - M_i.
-            rest = stack - low_rank_part(stack - weight, current_rank, generator)  # (n, a, b)
+            rest = stack - truncate(stack - weight, current_rank)  # (n, a, b)
             # W-step (Eq. 7), and the loss with the new W.
             weight = rest.mean(0)  # (a, b)
             loss = (float((rest - weight).square_().mean()) * weight.numel() + outside) / entries
@@ -160,55 +160,64 @@ class RankScheduler:
         return self.current_rank
 
 
-def low_rank_part(stack: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """The product U S V^T of `torch.svd_lowrank(stack, q=rank)`, matrix by matrix (Halko et al. 2011, Alg. 4.4).
+def svd_truncation(stack: Tensor, rank: int) -> Tensor:
+    """Rank-r approximations of a stack (n, a, b) as Algorithm 2 computes them."""
+    u, s, v = torch.svd_lowrank(stack, q=rank, niter=SUBSPACE_ITERATIONS)  # (n, a, r), (n, r), (n, b, r)
+    return (u * s.unsqueeze(-2)) @ v.mT  # (n, a, b)
 
-    stack: (n, a, b). Returns (n, a, b) of rank at most `rank`. The test matrix is drawn on the CPU, so that a seed
-    means the same on every device.
+
+def projection(stack: Tensor, rank: int) -> Tensor:
+    """The same approximations as `svd_truncation`, to rounding, without its inner SVD.
+
+    `torch.svd_lowrank(A, q=r)` finds an orthonormal Q of r columns (Halko et al. 2011, Alg. 4.4) and then the SVD of
+    the small Q^T A. All its r singular values are kept, so U S V^T is Q Q^T A whatever that SVD is. It is a third of
+    the time of a step on the small cores; in float32 it also rounds better than the paper's own, so the full space,
+    which is to show what the paper's algorithm does, keeps the SVD.
     """
     if stack.shape[-2] < stack.shape[-1]:
-        return low_rank_part(stack.mT, rank, generator).mT
-    test = torch.randn(stack.shape[-1], rank, dtype=stack.dtype, generator=generator).to(stack.device)  # (b, r)
-    basis = torch.linalg.qr(stack @ test).Q  # (n, a, r)
+        return projection(stack.mT, rank).mT
+    basis = torch.linalg.qr(stack @ torch.randn(stack.shape[-1], rank, dtype=stack.dtype, device=stack.device)).Q
     for _ in range(SUBSPACE_ITERATIONS):
         basis = torch.linalg.qr(stack.mT @ basis).Q  # (n, b, r)
         basis = torch.linalg.qr(stack @ basis).Q  # (n, a, r)
-    return basis @ (basis.mT @ stack)
+    return basis @ (basis.mT @ stack)  # (n, a, b)
 
 
-def joint_subspace(stack: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def joint_subspace(stack: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     """Bases of everything the iteration can reach, and the stack seen in them.
 
     Algorithm 2 starts at the mean, and each step adds combinations of columns and rows of W'_i - mean: all iterates are
     mean + L X R^T, where the orthonormal L and R span the columns and the rows of the differences, n r dimensions
     each. So the iteration may run on the cores C_i = L^T (W'_i - mean) R of size n r instead of on the layer.
 
-    stack: (n, d, k), n r < min(d, k). Returns L (d, m), R (k, m), the mean (d, k) and the cores (n, m, m) with m = n r,
-    all float64: the difference of two merged weights is small beside them, and the rounding of the pass should stay
-    below the rounding that the weights already carry.
+    Holds if no update has a rank above r; if one has, the m leading directions are kept and the iterates differ.
+
+    stack: (n, d, k), n r < min(d, k). Returns L (d, m), R (k, m), the mean (d, k), the cores (n, m, m) with m = n r,
+    and the mean over models of the squared norm that the cores leave out. All float64: a step on the cores is cheap,
+    and one pass in float64 keeps the rounding below that which the merged weights already carry.
     """
-    n, d, k = stack.shape
+    n, _, k = stack.shape
     m = n * rank
     mean = stack.mean(0, dtype=torch.float64)  # (d, k)
 
-    def differences() -> Iterator[Tensor]:  # one float64 layer at a time
-        for merged in stack:
-            yield merged - mean
+    def differences() -> Iterator[Tensor]:
+        return (merged - mean for merged in stack)  # one float64 layer at a time
 
-    def spanned(pieces: list[Tensor]) -> Tensor:
-        """Orthonormal basis of the m leading left singular directions of (a, n q) columns."""
-        q, r = torch.linalg.qr(torch.cat(pieces, dim=1))
+    def gaussian(rows: int) -> Tensor:
+        return torch.randn(rows, width, dtype=torch.float64, device=stack.device)
+
+    def leading(pieces: list[Tensor]) -> Tensor:
+        q, r = torch.linalg.qr(torch.cat(pieces, dim=1))  # (a, n width)
         return q @ torch.linalg.svd(r).U[:, :m]  # (a, m)
 
-    def gaussian(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, dtype=torch.float64, generator=generator).to(stack.device)
-
-    # The n differences sum to zero, so n - 1 sketches must fill m dimensions.
-    width = min(math.ceil(m / (n - 1)) + OVERSAMPLING, min(d, k) // n)
-    width = max(width, math.ceil(m / n))
-    left = spanned([diff @ gaussian(k, width) for diff in differences()])
-    # Two half steps of subspace iteration: one pass over the data each, and with them the gap to exact bases closes.
-    right = spanned([diff.mT @ (left @ gaussian(m, width)) for diff in differences()])
-    left = spanned([diff @ (right @ gaussian(m, width)) for diff in differences()])
-    cores = torch.stack([left.mT @ diff @ right for diff in differences()])  # (n, m, m)
-    return left, right, mean, cores
+    # The n differences sum to zero: n - 1 sketches have to fill the m dimensions.
+    width = math.ceil(m / (n - 1)) + OVERSAMPLING
+    left = leading([difference @ gaussian(k) for difference in differences()])
+    # Two half steps of subspace iteration, one pass over the data each, bring the bases to rounding.
+    right = leading([difference.mT @ (left @ gaussian(m)) for difference in differences()])
+    left = leading([difference @ (right @ gaussian(m)) for difference in differences()])
+    cores, outside = [], 0.0
+    for difference in differences():
+        cores.append(left.mT @ difference @ right)  # (m, m)
+        outside += float(difference.square().sum() - cores[-1].square().sum()) / n
+    return left, right, mean, torch.stack(cores), max(outside, 0.0)
