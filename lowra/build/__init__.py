@@ -1,0 +1,1 @@
+"""How a subset is made: one builder a model family."""

@@ -1,0 +1,1 @@
+"""How a recovery is scored, one metric a file."""

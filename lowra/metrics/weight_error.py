@@ -1,0 +1,32 @@
+"""The weight metrics: W-Error (Eq. 8) and the share of bit-exact weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+EXACT = -104 * math.log10(2)
+"""log10 of float64 epsilon squared, about -31.3: what an exactly recovered layer (error 0) counts as in means."""
+
+_CHUNK = 1 << 22  # weights per float64 chunk: a 4096 x 4096 layer never has a float64 copy
+
+
+def weight_error(recovered: Tensor, weight: Tensor) -> float:
+    """log10 of the mean squared difference of two (d, k) matrices, summed in float64; `EXACT` where it is 0.
+
+    A recovery that is not finite has an infinite error.
+    """
+    total = 0.0
+    for a, b in zip(recovered.reshape(-1).split(_CHUNK), weight.reshape(-1).split(_CHUNK), strict=True):
+        total += float((a.double() - b.double()).square_().sum())
+    if not math.isfinite(total):
+        return math.inf
+    return math.log10(total / weight.numel()) if total > 0 else EXACT
+
+
+def exact_fraction(recovered: Tensor, weight: Tensor) -> float:
+    """The share of weights that are the true ones bit for bit in float32 (so 0.0 and -0.0 differ)."""
+    same = recovered.to(torch.float32).contiguous().view(torch.int32) == weight.contiguous().view(torch.int32)
+    return same.sum(dtype=torch.int64).item() / weight.numel()
