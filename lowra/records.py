@@ -87,7 +87,7 @@ class Store:
             probe.unlink()
         except OSError as error:
             raise LowraError(
-                f"Cannot write results to {self.folder} ({error.strerror}); give another folder with results_dir=FOLDER."
+                f"Cannot write results to {self.folder} ({error.strerror}); give another with results_dir=FOLDER."
             ) from None
         for path in made:  # nothing half-written stays behind a later error
             path.rmdir()

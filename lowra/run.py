@@ -141,7 +141,9 @@ def make_methods(cfg: DictConfig) -> dict[str, Method]:
     for name, node in cfg.methods.items():
         methods[name] = as_method(make(node, "method", str(name)), str(name))
         if methods[name].needs_rank and not cfg.knows_rank:
-            raise LowraError(f"Method {name!r} needs the LoRA rank, which knows_rank=false withholds; drop one of them.")
+            raise LowraError(
+                f"Method {name!r} needs the LoRA rank, which knows_rank=false withholds; drop one of them."
+            )
     return methods
 
 
@@ -269,8 +271,12 @@ def run_cell(run: Run, cell: Cell, bar: Any) -> dict[str, Any]:
     """Recover and score all layers of a cell, continuing where a killed run stopped; returns its record."""
     rows = run.store.journal(cell)
     if run.metrics:  # the weights of finished layers must still be there to be put into a model
-        kept = [run.store.has_weights(cell, i) or r["status"].startswith("failed") for i, r in zip(run.layers, rows)]
-        rows = rows[: kept.index(False)] if False in kept else rows
+        lost = [
+            position
+            for position, row in enumerate(rows)
+            if not row["status"].startswith("failed") and not run.store.has_weights(cell, run.layers[position])
+        ]
+        rows = rows[: lost[0]] if lost else rows
     history: list[dict[str, float]] = [step for row in rows for step in row.pop("history", [])]
     bar.update(len(rows))
     for index in run.layers[len(rows) :]:
@@ -380,9 +386,11 @@ def run(cfg: DictConfig) -> Path:
     if len(todo) < len(cells):
         print(f"{len(cells) - len(todo)} of {len(cells)} cells are there from an earlier run.", file=sys.stderr)
     failed = 0
-    with tqdm(total=len(todo) * len(prepared.layers), unit="layer", disable=not todo, dynamic_ncols=True) as bar:
+    total = len(todo) * len(prepared.layers)
+    interval = 0.1 if sys.stderr.isatty() else 30  # a log file wants a line now and then, not ten a second
+    with tqdm(total=total, unit="layer", disable=not todo, dynamic_ncols=True, mininterval=interval) as bar:
         for cell in todo:
-            bar.set_description(f"{cell.draw} {cell.method}")
+            bar.set_description(f"{cell.draw} {cell.method}", refresh=False)
             record = run_cell(prepared, cell, bar)
             prepared.store.finish(cell, record)
             failed += record["trial"]["failed_layers"]

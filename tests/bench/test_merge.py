@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import planted_layers
+
+from lowra.bench.merge import merge, merge_dtype
+from lowra.errors import LowraError
+
+
+def test_merge_is_weight_plus_scaled_product() -> None:
+    (layer,) = planted_layers(layers=1, ranks=(2, 3))
+    stack = merge(layer)
+    assert stack.shape == (6, 40, 24)
+    for merged, lora in zip(stack, layer.loras, strict=True):
+        exact = layer.weight.double() + (lora.alpha / lora.rank) * lora.B.double() @ lora.A.double()
+        # Values are below 1, so one float32 rounding is below 2^-24; a product of rank 3 and a sum make a few.
+        assert (merged.double() - exact).abs().max() < 2**-22
+        assert torch.allclose(lora.delta(), merged - layer.weight, atol=2**-22)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_a_coarser_merge_lies_on_its_grid(name: str) -> None:
+    (layer,) = planted_layers(layers=1)
+    dtype = merge_dtype(name)
+    stack = merge(layer, dtype)
+    assert stack.dtype == torch.float32
+    assert torch.equal(stack, stack.to(dtype).float())
+    assert not torch.equal(stack, merge(layer))
+
+
+def test_unknown_dtype() -> None:
+    with pytest.raises(LowraError, match=r"Unknown merge\.dtype 'int8'; known: float32, bfloat16, float16"):
+        merge_dtype("int8")

@@ -1,0 +1,56 @@
+"""Fixtures: small data sets in the true format, and runs in this process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from lowra.bench.schema import Layer, Lora, write_dataset
+from lowra.paths import conf_dir, register_resolvers
+
+
+def planted_layers(
+    layers: int = 3, models: int = 6, d: int = 40, k: int = 24, ranks: tuple[int, ...] = (2,), seed: int = 0
+) -> Iterator[Layer]:
+    """Layers with independent Gaussian weights and LoRAs; rank of model j is ranks[j % len(ranks)]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.05
+
+    for i in range(layers):
+        loras = []
+        for j in range(models):
+            r = ranks[j % len(ranks)]
+            loras.append(Lora(f"task_{j}", r, 2.0 * r, normal(r, k), normal(d, r)))
+        name = f"model.layers.{i}.self_attn.q_proj.weight"
+        yield Layer("", name, "base", normal(d, k), tuple(loras))
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_dataset(planted_layers(), tmp_path / "dataset")
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Callable[..., DictConfig]:
+    """Compose the real configuration with overrides; results and cache go to the test's folder."""
+
+    def composed(*overrides: str, **config: Any) -> DictConfig:
+        register_resolvers()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            paths = [f"results_dir={tmp_path / 'results'}", f"cache_dir={tmp_path / 'cache'}"]
+            return compose("config", overrides=[*paths, *overrides])
+
+    return composed

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lowra.metrics.weight_error import EXACT, exact_fraction, weight_error
+
+
+def test_w_error_is_the_log_of_the_mean_square() -> None:
+    weight = torch.randn(50, 30)
+    noise = torch.randn(50, 30) * 1e-3
+    moved = weight.double() + noise.double()
+    # float64 throughout, so only its summation order differs: 1e-12 is generous.
+    assert weight_error(moved, weight) == pytest.approx(math.log10(noise.double().square().mean().item()), abs=1e-9)
+
+
+def test_small_errors_survive_large_weights() -> None:
+    weight = torch.full((10, 10), 1e3)
+    assert weight_error(weight.double() + 1e-9, weight) == pytest.approx(-18, abs=1e-3)  # 1e3 + 1e-9 in float64
+
+
+def test_exact_recovery_counts_as_float64_epsilon_squared() -> None:
+    weight = torch.randn(4, 4)
+    assert weight_error(weight, weight) == EXACT == math.log10(2.0**-104)
+
+
+def test_recovery_that_is_not_finite() -> None:
+    assert weight_error(torch.tensor([[math.nan]]), torch.zeros(1, 1)) == math.inf
+
+
+def test_large_layers_are_summed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.randn(37, 11), torch.randn(37, 11)
+    whole = weight_error(a, b)
+    monkeypatch.setattr("lowra.metrics.weight_error._CHUNK", 100)
+    assert weight_error(a, b) == pytest.approx(whole, abs=1e-12)
+
+
+def test_exact_fraction_is_bit_for_bit() -> None:
+    weight = torch.tensor([[1.0, 2.0, 0.0, 3.0]])
+    found = torch.tensor([[1.0, 2.0 + 2**-22, -0.0, 3.0]], dtype=torch.float64)
+    assert exact_fraction(found, weight) == 0.5
