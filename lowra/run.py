@@ -5,7 +5,7 @@ build or fetch a subset -> draw L models ten times -> merge -> recover -> score 
 
 from __future__ import annotations
 
-import importlib
+import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -23,6 +23,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
@@ -34,7 +35,7 @@ from lowra.bench import draws as drawing
 from lowra.bench.merge import merge, merge_dtype
 from lowra.bench.names import depths, layer_type
 from lowra.bench.schema import LayerInfo
-from lowra.errors import LowraError
+from lowra.errors import LowraError, unknown
 from lowra.methods import Method, Observation, as_method, check_observation
 from lowra.metrics.base import Metric, Scorer
 from lowra.metrics.weight_error import EXACT, exact_fraction, weight_error
@@ -55,6 +56,7 @@ class Run:
     data: Data
     fingerprint: str
     layers: tuple[int, ...]
+    depths: tuple[int, ...]
     draws: tuple[drawing.Draw, ...]
     store: Store
     device: torch.device
@@ -83,8 +85,6 @@ class Run:
 
 def source_digest(method: Method) -> str:
     """A digest of the file a method is defined in; empty where there is none to read."""
-    import hashlib
-
     target = getattr(method, "function", None)
     target = getattr(target, "func", target) or type(method)
     try:
@@ -99,11 +99,21 @@ def source_digest(method: Method) -> str:
 def check_settings(cfg: DictConfig) -> None:
     """Raise LowraError for settings that cannot work, before anything is built, fetched or written."""
     merge_dtype(cfg.merge.dtype)
+    for key, kind, name in (
+        ("trials", int, "a whole number"),
+        ("seed", int, "a whole number"),
+        ("knows_rank", bool, "true or false"),
+        ("keep_outputs", bool, "true or false"),
+    ):
+        if type(cfg[key]) is not kind:
+            raise LowraError(f"{key} is {cfg[key]!r}; expected {name}.")
     if cfg.trials < 1:
         raise LowraError(f"trials is {cfg.trials}; at least 1 draw is needed.")
     if not cfg.get("methods"):
         raise LowraError("methods is empty; choose some of the files in conf/methods, such as methods=[mean_lora].")
     for n in n_loras(cfg):
+        if type(n) is not int:
+            raise LowraError(f"n_loras is {cfg.n_loras!r}; expected a whole number, or a list such as [2,3,5].")
         if n < 2:
             raise LowraError(f"n_loras is {n}; recovery compares models and needs at least 2.")
     if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
@@ -120,7 +130,7 @@ def check_settings(cfg: DictConfig) -> None:
 def n_loras(cfg: DictConfig) -> tuple[int, ...]:
     """The numbers of models to draw: one, or a sweep."""
     value = cfg.n_loras
-    return tuple(value) if isinstance(value, ListConfig | list) else (int(value),)
+    return tuple(value) if isinstance(value, ListConfig | list) else (value,)
 
 
 def make(node: DictConfig, kind: str, name: str) -> Any:
@@ -188,9 +198,18 @@ def prepare(cfg: DictConfig) -> Run:
     chosen = [d for n in n_loras(cfg) for d in drawing.draws(cfg.subset.name, available, n, cfg.trials, cfg.seed)]
     for metric in metrics.values():
         metric.check(data.base or "", data.evaluation)
-    layers = choose_layers(data.table.infos, cfg.layers)
+    infos = data.table.infos
     return Run(
-        cfg, methods, metrics, data, data.table.fingerprint(), layers, tuple(chosen), store, torch.device(cfg.device)
+        cfg=cfg,
+        methods=methods,
+        metrics=metrics,
+        data=data,
+        fingerprint=data.table.fingerprint(),
+        layers=choose_layers(infos, cfg.layers),
+        depths=depths([(info.model, info.name) for info in infos]),
+        draws=tuple(chosen),
+        store=store,
+        device=torch.device(cfg.device),
     )
 
 
@@ -247,7 +266,7 @@ def layer_row(run: Run, cell: Cell, index: int) -> dict[str, Any]:
         "layer_model": info.model,
         "layer_name": info.name,
         "layer_type": layer_type(info.name),
-        "depth": depths([(i.model, i.name) for i in run.data.table.infos])[index],
+        "depth": run.depths[index],
         "d": info.d,
         "k": info.k,
     }
@@ -442,14 +461,45 @@ def main(cfg: DictConfig) -> None:
         raise SystemExit(130) from None
 
 
+def check_choices(arguments: Sequence[str]) -> None:
+    """Raise LowraError for a subset, source, method or metric that no config file is named after, listing the known.
+
+    Hydra's own message for an element of a list names none. Command lines with flags (`--help`) are left to Hydra.
+    """
+    if any(argument.startswith("-") for argument in arguments):
+        return
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            hydra.compose("config", overrides=list(arguments))
+    except MissingConfigException as error:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        kind = {"methods": "method", "metrics": "metric"}.get(group, group)
+        known = [path.stem for path in (conf_dir() / group).glob("*.yaml")]
+        if not group or not known:
+            return
+        raise unknown(kind, name, known, "One of your own needs its config found: see the README.") from None
+    except HydraException:
+        return  # Hydra reports it, with the place
+
+
 def cli() -> None:
-    """Run as `python -m lowra.run` or `lowra`."""
+    """Entry point of `python -m lowra.run`."""
     register_resolvers()
-    # Quiet libraries: their advice is for people who train by hand. Set before they are imported.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.path.insert(0, os.getcwd()) if "" not in sys.path and os.getcwd() not in sys.path else None
+    quiet_libraries()
+    try:
+        check_choices(sys.argv[1:])
+    except LowraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     main()
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say to people who train by hand; errors stay. They read this when first imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 if __name__ == "__main__":

@@ -273,8 +273,9 @@ class StoredTable:
         if not len(rows):
             raise LowraError(f"{where} has no rows; expected one row per layer.")
         self.infos = tuple(self._info(i) for i in range(len(rows)))
-        first = self._cells(0, [f"lora_{i}_name" for i in self._loras])
-        self.model_names = tuple(str(first[f"lora_{i}_name"]) for i in self._loras)
+        names = [f"lora_{i}_name" for i in self._loras]
+        first = self._rows.row(0, names)
+        self.model_names = tuple(str(first.column(name)[0].as_py()) for name in names)
         labels = [info.label for info in self.infos]
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
@@ -282,9 +283,6 @@ class StoredTable:
 
     def __len__(self) -> int:
         return len(self.infos)
-
-    def _cells(self, index: int, columns: Sequence[str]) -> dict[str, Any]:
-        return {name: values[0] for name, values in self._rows.row(index, columns).to_pydict().items()}
 
     def _tensor(self, row: pa.Table, column: str, label: str) -> Tensor:
         array = row.column(column).combine_chunks()
@@ -299,12 +297,12 @@ class StoredTable:
 
     def _info(self, index: int) -> LayerInfo:
         ranks = [f"lora_{i}_rank" for i in self._loras]
-        cells = self._cells(index, ["layer_model", "layer_name", "pre_ft_name", *ranks])
+        names = ["layer_model", "layer_name", "pre_ft_name", *ranks]
+        a, b = (f"lora_{self._loras[0]}_{part}" for part in ("A_weight", "B_weight"))
+        row = self._rows.row(index, [*names, a, b])  # small columns: the first LoRA's factors give the shape
+        cells = {name: row.column(name)[0].as_py() for name in names}
         name = str(cells["layer_name"])
-        first = self._loras[0]
-        factors = self._rows.row(index, [f"lora_{first}_A_weight", f"lora_{first}_B_weight"])
-        d = self._tensor(factors, f"lora_{first}_B_weight", name).shape[0]
-        k = self._tensor(factors, f"lora_{first}_A_weight", name).shape[1]
+        d, k = self._tensor(row, b, name).shape[0], self._tensor(row, a, name).shape[1]
         model = str(cells["layer_model"] or "")
         return LayerInfo(model, name, str(cells["pre_ft_name"]), d, k, tuple(int(cells[rank]) for rank in ranks))
 

@@ -23,7 +23,9 @@ def number(value: float) -> str:
     """Three decimals, or one digit and an exponent where three decimals would show nothing."""
     if not math.isfinite(value):
         return str(value)
-    return f"{value:.3f}" if value == 0 or abs(value) >= 0.005 else f"{value:.0e}"
+    if value == 0:
+        return "0"
+    return f"{value:.3f}" if abs(value) >= 0.005 else f"{value:.0e}"
 
 
 def pair(mean: float, deviation: float) -> str:

@@ -1,0 +1,59 @@
+"""Every config file of every group composes, and what it names can be made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from lowra import run as pipeline
+from lowra.paths import conf_dir
+from lowra.source import make_builder
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("subset", names("subset"))
+@pytest.mark.parametrize("source", names("source"))
+def test_every_subset_at_every_source_composes(subset: str, source: str, configure: Callable[..., DictConfig]) -> None:
+    cfg = configure(f"subset={subset}", f"source={source}")
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert cfg.subset.name == subset
+    assert cfg.source.name == source
+    assert pipeline.make_methods(cfg).keys() == cfg.methods.keys()
+    assert len(cfg.methods) == 4
+    expected = 0 if source == "synthetic" or subset == "custom" else 1
+    assert len(pipeline.make_metrics(cfg)) == expected
+    if source in ("mini", "build") and subset != "custom":
+        assert make_builder(cfg) is not None
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment_composes_and_says_its_command(experiment: str, configure: Callable[..., DictConfig]) -> None:
+    cfg = configure(f"+experiment={experiment}")
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    first = (conf_dir() / "experiment" / f"{experiment}.yaml").read_text().splitlines()[:3]
+    assert any(f"python -m lowra.run +experiment={experiment}" in line for line in first)
+
+
+@pytest.mark.parametrize("method", names("methods"))
+def test_a_methods_file_is_named_as_its_config(method: str, configure: Callable[..., DictConfig]) -> None:
+    cfg = configure(f"methods=[{method}]", "metrics=[]")
+    (made,) = pipeline.make_methods(cfg).values()
+    assert type(made).__module__.startswith(f"lowra.methods.{method}")
+    assert made.pretty
+    assert made.reference
+
+
+def test_builders_belong_to_a_subset_and_a_source() -> None:
+    pairs = {f"{subset}_{source}" for subset in names("subset") for source in names("source")}
+    assert set(names("builder")) <= pairs
+
+
+def test_no_config_names_a_machine() -> None:
+    for path in Path(conf_dir()).rglob("*.yaml"):
+        assert "/work/" not in path.read_text()
