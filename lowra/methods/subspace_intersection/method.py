@@ -1,0 +1,461 @@
+"""Subspace intersection: the shared weight of three or more LoRA merges in closed form.
+
+W'_i = W + M_i + E_i with rank(M_i) <= r and E_i the rounding of the merge (the paper's Eq. 1 and 2, where the rounding
+is left out). The difference W'_i - W'_j = M_i - M_j does not contain W, and generically its row space is
+row(M_i) + row(M_j). So with three models
+
+    row(M_1) = row(W'_1 - W'_2)  intersected with  row(W'_1 - W'_3),
+
+two known subspaces (3 r <= min(d, k); columns alike). With V_i an orthonormal basis of row(M_i), the update vanishes
+outside of it, (W'_i - W)(I - V_i V_i^T) = 0, and W is the solution of a linear least-squares problem. No iteration, no
+start, no rank schedule. Spectral DeTuning minimises the same objective (Eq. 4) by alternating from the mean.
+
+What cannot be had: a component that all updates share in rows and columns is part of the base weight as far as any
+merge shows; a row (or column) space that all share leaves W open in it; and two models fit a whole family of weights.
+
+The steps, a module each: `noise`, `screen`, `ranges`, `intersection`, `solve`, `certify`, `grid`, `refine`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowra.errors import LowraError, unknown
+from lowra.methods.base import Observation, Recovery, Stat, check_observation
+from lowra.methods.spectral_detuning import SpectralDeTuning
+from lowra.methods.subspace_intersection import grid as grids
+from lowra.methods.subspace_intersection.certify import WELL_CONDITIONED, Certificate, certify
+from lowra.methods.subspace_intersection.noise import Noise, joined, rounding_noise, sampled_rows, stored_as
+from lowra.methods.subspace_intersection.ranges import (
+    MARGIN,
+    OVERSAMPLING,
+    Difference,
+    LowRank,
+    joint_core,
+    leading_triplets,
+    low_rank_part,
+    row_blocks,
+)
+from lowra.methods.subspace_intersection.refine import weighted_refinement
+from lowra.methods.subspace_intersection.screen import distinct_models, same_base
+from lowra.methods.subspace_intersection.solve import fill_in, lift, polish, solve, two_models
+
+# Layers of at least this many entries run their passes in float32 where the updates are small enough (see below).
+LARGE = 2**20
+
+# float32 passes err by 2^-24 of the update; with updates this much smaller than the weights that is lost in the
+# rounding of the merge itself.
+SMALL_UPDATE = 1 / 50
+
+# A core wider than this is not solved whole: three models first, then one step over all (see `_all_models`).
+WIDE = 256
+
+# Updates below this many times the rounding of the merges (its standard deviation; 7 is two ulp) have too few singular
+# values above the noise for the closed form, and Spectral DeTuning's slow rank schedule regularises better. Chosen on
+# bfloat16 merges of small LoRAs; no rule without ground truth was found that is right in every case.
+LOW_SIGNAL = 7.0
+SPECTRAL_STEPS = 300
+
+# Three models are solved first only if that is this well conditioned; otherwise all at once.
+LEAD_CONDITION = 0.05
+
+# Singular values of the updates end in a clear edge, not in the noise, when the last one is this far above the cutoff.
+CLEAR_EDGE = 30.0
+
+# `refine: auto` refines layers up to this size, which takes a fraction of a second, and all half-precision merges.
+REFINE_ENTRIES = 2**17
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """W as the weighted mean of the models plus a low-rank correction, formed row by row when it is asked for.
+
+    models: (n, d, k), weights: n numbers that sum to 1, left: (d, q), right: (k, q); the product is taken in their
+    dtype.
+    """
+
+    models: Tensor
+    weights: list[float]
+    left: Tensor
+    right: Tensor
+
+    def rows(self, picked: slice | Tensor) -> Tensor:
+        """Some rows, (rows, k) float64."""
+        total = (self.left[picked] @ self.right.mT).double()
+        for model, weight in zip(self.models, self.weights, strict=True):
+            total.add_(model[picked], alpha=weight)
+        return total
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """All of it (d, k): float64, or rounded to a grid and held in float32."""
+        d, k = self.models.shape[1:]
+        out = self.models.new_empty(d, k, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for block in row_blocks(d, k):
+            out[block] = self.rows(block).to(dtype)
+        return out
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An estimate with what is known about it, before any grid.
+
+    certificate: short code; status: its sentence; ranks: of the updates found, in the order of `models` of the stack
+    that were used.
+    """
+
+    estimate: Estimate
+    certificate: str
+    status: str
+    ranks: tuple[int, ...] = ()
+    predicted: float | None = None
+    lambda_min: float | None = None
+    discrepancy: float | None = None
+    outliers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The models of one layer that are worked on.
+
+    merged: (n, d, k), noise: of each, dtype: of the passes over the data, guess: columns of the first sketches,
+    hint: the rank where it was granted. labels: the models' numbers in the observation.
+    """
+
+    merged: Tensor
+    noise: tuple[Noise, ...]
+    labels: tuple[int, ...]
+    dtype: torch.dtype
+    hint: int | None
+    guess: int
+    generator: torch.Generator
+
+    def subset(self, chosen: list[int]) -> Problem:
+        """The same for some of the models."""
+        return replace(
+            self,
+            merged=self.merged[: len(chosen)] if chosen == list(range(len(chosen))) else self.merged[chosen],
+            noise=tuple(self.noise[i] for i in chosen),
+            labels=tuple(self.labels[i] for i in chosen),
+        )
+
+    def mean(self) -> Estimate:
+        """The inverse-variance weighted mean of the models."""
+        precision = [noise.std**-2 for noise in self.noise]
+        _, d, k = self.merged.shape
+        empty = self.merged.new_zeros(0, dtype=self.dtype)
+        weights = [p / sum(precision) for p in precision]
+        return Estimate(self.merged, weights, empty.new_zeros(d, 0), empty.new_zeros(k, 0))
+
+
+@dataclass(frozen=True)
+class SubspaceIntersection:
+    """Closed-form recovery from n >= 3 merges, with a certificate and without ranks.
+
+    snap: round the estimate to the grid of the base weights: "auto" detects it, "bf16", "fp16" or "fp32" name it, "none"
+        returns float64.
+    refine: "weighted" re-fits W and the updates with every entry weighted by its own rounding (see `refine`), "none"
+        does not; "auto" does where it is cheap or pays most: small layers and half-precision merges. Nothing is
+        refined where a coarse grid has already settled every weight.
+    """
+
+    snap: str = "auto"
+    refine: str = "auto"
+
+    pretty: ClassVar[str] = "Subspace intersection"
+    reference: ClassVar[str] = "lowra"
+    needs_rank: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.snap not in ("auto", "none", *grids.GRIDS):
+            raise unknown("snap", self.snap, ("auto", "none", *grids.GRIDS))
+        if self.refine not in ("auto", "none", "weighted"):
+            raise unknown("refine", self.refine, ("auto", "none", "weighted"))
+
+    def recover(self, observation: Observation) -> Recovery:
+        """Estimate W (1, d, k): float32 on the grid found, or float64 where `snap` is "none".
+
+        Stats: `predicted_w_error` (log10 of the mean squared error before rounding to a grid, None where W is not
+        identified), `lambda_min`, `discrepancy`, `ranks`, `grid`, `certificate`, `outlier` (models of another base,
+        counted from 0).
+        Raises LowraError for a stack no method can work on, or one of identical models.
+        """
+        check_observation(observation)
+        stack = observation.merged
+        kept = distinct_models(stack)
+        if len(kept) == 1:
+            raise LowraError(
+                f"All {stack.shape[0]} merged weights are identical, so nothing tells the update from the base weight; "
+                "give fine-tunes of different tasks."
+            )
+        storage = stored_as(stack, observation.storage)
+        problem = pose(stack, storage, observation).subset(kept)
+        answer = low_signal(problem) or closed_form(problem)
+        weight, grid = self._finish(answer, problem, storage)
+        stats: dict[str, Stat] = {
+            "predicted_w_error": answer.predicted,
+            "lambda_min": answer.lambda_min,
+            "discrepancy": answer.discrepancy,
+            "ranks": ",".join(map(str, answer.ranks)),
+            "grid": grid,
+            "certificate": answer.certificate,
+            "outlier": ",".join(map(str, answer.outliers)),
+        }
+        return Recovery(weight.unsqueeze(0), answer.status, stats)
+
+    def _finish(self, answer: Answer, problem: Problem, storage: torch.dtype) -> tuple[Tensor, str]:
+        """Detect the grid, refine where it pays, round: W (d, k) and the name of the grid."""
+        estimate = answer.estimate
+        _, d, k = problem.merged.shape
+
+        def grid_of(estimate: Estimate) -> str:
+            if self.snap != "auto":
+                return self.snap
+            return grids.detect(estimate.rows(sampled_rows(d, k, problem.merged.device)[:256]))
+
+        grid = grid_of(estimate)
+        settled = grid in ("bf16", "fp16") and storage == torch.float32
+        cheap = d * k <= REFINE_ENTRIES or storage != torch.float32
+        wanted = self.refine == "weighted" or (self.refine == "auto" and cheap)
+        if wanted and not settled and answer.certificate in ("certified", "weak", "low_signal") and any(answer.ranks):
+            weight = estimate.dense(torch.float64)
+            used = [i for i, label in enumerate(problem.labels) if label not in answer.outliers]
+            used_problem = problem.subset(used)
+            factors = []
+            for model, rank in zip(used_problem.merged, answer.ranks, strict=True):
+                rest = Difference(model, weight, torch.float64)
+                columns = min(rank + OVERSAMPLING, d, k)
+                left, values, right = leading_triplets(rest, columns, problem.generator)
+                root = values[:rank].sqrt()
+                factors.append((left[:, :rank] * root, right[:, :rank] * root))
+            weight = weighted_refinement(used_problem.merged, weight, factors, storage)
+            estimate = Estimate(weight.unsqueeze(0), [1.0], weight.new_zeros(d, 0), weight.new_zeros(k, 0))
+            grid = grid_of(estimate)
+        return estimate.dense(torch.float64 if grid == "none" else grids.GRIDS[grid]), grid
+
+
+def pose(stack: Tensor, storage: torch.dtype, observation: Observation) -> Problem:
+    """Measure the rounding of each model and choose the precision of the passes."""
+    n, d, k = stack.shape
+    rows = sampled_rows(d, k, stack.device)[:256]
+    spread = max(float((stack[i, rows].double() - stack[0, rows].double()).square().mean()) for i in range(1, n))
+    size = float(stack[0, rows].double().square().mean())
+    small = math.sqrt(spread) < SMALL_UPDATE * math.sqrt(size)
+    rank = observation.rank
+    return Problem(
+        merged=stack,
+        noise=tuple(rounding_noise(weight, storage) for weight in stack),
+        labels=tuple(range(n)),
+        dtype=torch.float32 if d * k >= LARGE and small else torch.float64,
+        hint=rank,
+        guess=OVERSAMPLING + (2 * rank if rank is not None else min(d, k) // 32),
+        generator=torch.Generator().manual_seed(observation.seed),
+    )
+
+
+def differences_to_first(problem: Problem) -> tuple[Problem, list[Difference], list[LowRank]]:
+    """D_i = W'_i - W'_0 with their low-rank parts, and the problem with its noise corrected upwards.
+
+    What a difference leaves beyond its low rank is noise too: where it exceeds what the format explains (updates
+    computed in float32, a base that was touched), the larger of the two counts.
+    """
+    noise = list(problem.noise)
+    differences = [Difference(model, problem.merged[0], problem.dtype) for model in problem.merged[1:]]
+    parts: list[LowRank] = []
+    guess = problem.guess
+    for i, difference in enumerate(differences, start=1):
+        parts.append(low_rank_part(difference, joined(noise[0], noise[i]), guess, problem.generator))
+        guess = max(guess, parts[-1].rank + OVERSAMPLING // 2)
+    excess = [
+        max(1.0, part.residual / joined(noise[0], other).std) for part, other in zip(parts, noise[1:], strict=True)
+    ]
+    noise = [level.scaled(factor) for level, factor in zip(noise, [min(excess), *excess], strict=True)]
+    d, k = differences[0].shape
+    parts = [
+        part.above(MARGIN * joined(noise[0], other).norm(d, k)) for part, other in zip(parts, noise[1:], strict=True)
+    ]
+    return replace(problem, noise=tuple(noise)), differences, parts
+
+
+def closed_form(problem: Problem) -> Answer:
+    """Recover from all models that share a base, naming those that do not."""
+    n = len(problem.labels)
+    lead = problem.subset(list(range(min(n, 3))))
+    lead, differences, parts = differences_to_first(lead)
+    if any(part.full for part in parts):
+        return without_outliers(problem)
+    if n == 2:
+        return from_two(lead, parts[0])
+    if n > 4 and n * max(part.rank for part in parts) > 2 * WIDE:  # each difference holds two updates
+        answer = from_three(lead, differences, parts)
+        if answer.lambda_min is not None and answer.lambda_min > LEAD_CONDITION:
+            return all_models(problem, answer)
+    if n > 3:
+        lead, differences, parts = differences_to_first(problem)
+        if any(part.full for part in parts):
+            return without_outliers(problem)
+    return from_three(lead, differences, parts)
+
+
+def without_outliers(problem: Problem) -> Answer:
+    """Sort the models by base and recover from the largest group."""
+    groups = same_base(problem.merged, problem.noise, problem.guess, problem.dtype, problem.generator)
+    if len(groups[0]) == 1:
+        return Answer(
+            problem.mean(),
+            "not_identifiable",
+            "Not identifiable: every two models differ by a matrix of full rank; the updates are not of low rank in a "
+            "layer of this size, or no two models share a base. The mean is returned.",
+        )
+    outliers = tuple(sorted(problem.labels[i] for group in groups[1:] for i in group))
+    answer = closed_form(problem.subset(groups[0]))
+    named = ", ".join(map(str, outliers))
+    note = f"Model{'s' * (len(outliers) > 1)} {named} (counted from 0) differ{'s' * (len(outliers) == 1)} from the others by a full rank: another base, left out."
+    answer = replace(answer, status=f"{answer.status} {note}", outliers=tuple(sorted(outliers + answer.outliers)))
+    if len(groups[1]) == len(groups[0]):
+        return replace(
+            answer,
+            certificate="inconsistent",
+            status=f"Two bases with as many models each; one is as likely meant as the other. {answer.status}",
+        )
+    return answer
+
+
+def from_two(problem: Problem, part: LowRank) -> Answer:
+    """The best guess two models allow."""
+    mean = problem.mean()
+    block = two_models(problem.merged[0], problem.merged[1], part)
+    estimate = replace(mean, left=(part.left @ block).to(problem.dtype), right=part.right.to(problem.dtype))
+    return Answer(
+        estimate,
+        "too_few_models",
+        f"Too few models: 2 distinct merges leave a {part.rank} x {part.rank} block of W open; at least 3 are needed. "
+        "The rest of the layer is identified.",
+    )
+
+
+def from_three(problem: Problem, differences: list[Difference], parts: list[LowRank]) -> Answer:
+    """The closed form on three or more models, with its certificate."""
+    core = joint_core(differences, parts, problem.noise)
+    solution = polish(core, solve(core, problem.hint))
+    certificate = certify(core, solution)
+    if certificate.predicted is not None and certificate.predicted > certificate.mean_error:
+        return spectral(problem, max(solution.tangents.ranks))
+    code, sentence = verdict(certificate, problem.hint, max(solution.tangents.ranks))
+    if certificate.predicted is None and bool(certificate.shared_columns) != bool(certificate.shared_rows):
+        solution = replace(fill_in(core, bool(certificate.shared_columns)), tangents=solution.tangents)
+    left, right = lift(core, solution)
+    return Answer(
+        replace(problem.mean(), left=left.to(problem.dtype), right=right.to(problem.dtype)),
+        code,
+        sentence,
+        solution.tangents.ranks,
+        certificate.predicted,
+        certificate.lambda_min,
+        certificate.discrepancy,
+    )
+
+
+def verdict(certificate: Certificate, hint: int | None, rank: int) -> tuple[str, str]:
+    """Short code and sentence for what the certificate says."""
+    if certificate.predicted is None:
+        shared = [
+            f"{size} direction{'s' * (size > 1)} of their {side} space"
+            for size, side in ((certificate.shared_columns, "column"), (certificate.shared_rows, "row"))
+            if size
+        ]
+        reason = (
+            f"all updates share {' and '.join(shared)}, in which any part of them may belong to W"
+            if shared
+            else "the row and column spaces of the updates together leave a part of W open "
+            "(ranks too large for the layer or for so few models, or spaces shared by some of them)"
+        )
+        return "not_identifiable", f"Not identifiable: {reason}. Other directions are recovered."
+    expected = f"expected W-Error {certificate.predicted:.2f} before rounding to a grid"
+    if hint is not None and rank < hint and certificate.edge > CLEAR_EDGE:
+        return "inconsistent", (
+            f"Inconsistent: the updates have rank {rank} or less with a clear edge, not the granted {hint}; a component that "
+            f"all of them share would look like this and stay in the estimate. If there is none: {expected}."
+        )
+    if certificate.lambda_min < WELL_CONDITIONED:
+        return "weak", (
+            f"Precise but weakly conditioned: the updates nearly share a space (lambda_min {certificate.lambda_min:.0e}), "
+            f"which raises the rounding of the merges; {expected}."
+        )
+    return "certified", f"Certified: W is determined by the merges; {expected}."
+
+
+def all_models(problem: Problem, lead: Answer) -> Answer:
+    """From an estimate X out of three models to one out of all n: W = mean_i (W'_i - M_i), M_i from W'_i - X.
+
+    One step of the paper's Eq. 5 and 7 from a point within rounding of the answer. With X on its grid, its error is
+    mostly gone and the step averages n independent ones. To first order the new error is (I - A / n) of X's error plus
+    sum_i P_Ui E_i P_Vi / n; the former survives in the updates' tangent spaces alone, a share t of all directions, which
+    gives the prediction ((1 - t) s^2 / n + t s_X^2), s_X^2 the error of X.
+    """
+    n, d, k = problem.merged.shape
+    rows = lead.estimate.rows(sampled_rows(d, k, problem.merged.device)[:256])
+    start = lead.estimate.dense(grids.GRIDS[grids.detect(rows)])  # (d, k)
+    guess = max(lead.ranks) + OVERSAMPLING
+    parts: dict[int, LowRank] = {}
+    for i, (model, noise) in enumerate(zip(problem.merged, problem.noise, strict=True)):
+        part = low_rank_part(Difference(model, start, problem.dtype), joined(noise, noise), guess, problem.generator)
+        if not part.full:
+            parts[i] = part
+    used = problem.subset(list(parts))
+    mean = used.mean()
+    left = torch.cat(
+        [-weight * part.left * part.values for weight, part in zip(mean.weights, parts.values(), strict=True)], 1
+    )
+    right = torch.cat([part.right for part in parts.values()], 1)  # (k, sum of ranks)
+    ranks = tuple(part.rank for part in parts.values())
+    share = sum(1 - (1 - r / d) * (1 - r / k) for r in ranks) / len(ranks)
+    variance = 1 / sum(noise.std**-2 for noise in used.noise)
+    assert lead.predicted is not None
+    predicted = math.log10((1 - share) * variance + share * 10**lead.predicted)
+    outliers = tuple(label for i, label in enumerate(problem.labels) if i not in parts)
+    named = f" Models of another base, left out (counted from 0): {', '.join(map(str, outliers))}." if outliers else ""
+    return replace(
+        lead,
+        estimate=replace(mean, left=left.to(problem.dtype), right=right.to(problem.dtype)),
+        status=f"Certified on three models, then averaged over {len(ranks)}; expected W-Error {predicted:.2f} before rounding to a grid.{named}",
+        ranks=ranks,
+        predicted=predicted,
+        outliers=outliers,
+    )
+
+
+def low_signal(problem: Problem) -> Answer | None:
+    """The answer where the updates are near the rounding of the merges, None where they are well above it."""
+    n, d, k = problem.merged.shape
+    rows = sampled_rows(d, k, problem.merged.device)[:256]
+    first = problem.merged[0, rows].double()
+    spread = max(float((model[rows].double() - first).square().mean()) / 2 for model in problem.merged[1:])
+    level = min(noise.std for noise in problem.noise)
+    if n < 3 or spread - level**2 > (LOW_SIGNAL * level) ** 2:
+        return None
+    _, _, parts = differences_to_first(problem)
+    return spectral(problem, problem.hint or math.ceil(max(part.rank for part in parts) / 2))
+
+
+def spectral(problem: Problem, rank: int) -> Answer:
+    """Spectral DeTuning from the mean, for updates too small for the closed form; the mean if nothing stands out."""
+    mean = problem.mean()
+    if rank == 0:
+        return Answer(
+            mean, "low_signal", "Low signal: no update rises above the rounding of the merges; the mean is returned."
+        )
+    seed = problem.generator.initial_seed()
+    weight = (
+        SpectralDeTuning(steps=SPECTRAL_STEPS).recover(Observation(problem.merged, rank, seed)).candidates
+    )  # (1, d, k)
+    return Answer(
+        Estimate(weight, [1.0], mean.left, mean.right),
+        "low_signal",
+        "Low signal: the updates are near the rounding of the merges; Spectral DeTuning's estimate, not certified.",
+        (rank,) * len(problem.labels),
+    )

@@ -1,0 +1,44 @@
+"""Which of the models can be compared at all: copies add nothing, and a model of another base spoils the rest."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from lowra.methods.subspace_intersection.noise import Noise, joined
+from lowra.methods.subspace_intersection.ranges import Difference, low_rank_part
+
+
+def distinct_models(stack: Tensor) -> list[int]:
+    """Indices of the models (n, d, k) that are not exact copies of an earlier one."""
+    kept: list[int] = []
+    for i in range(stack.shape[0]):
+        if not any(torch.equal(stack[i], stack[j]) for j in kept):
+            kept.append(i)
+    return kept
+
+
+def same_base(
+    stack: Tensor, noise: tuple[Noise, ...], guess: int, dtype: torch.dtype, generator: torch.Generator
+) -> list[list[int]]:
+    """Groups of models that differ from each other by low-rank updates only, the largest first.
+
+    Two fine-tunes of one base differ by an update of rank r_i + r_j; two bases differ in every direction. A model joins
+    the first group whose first member it differs from by a low rank.
+    """
+    low_rank = {
+        (i, j): not low_rank_part(
+            Difference(stack[i], stack[j], dtype), joined(noise[i], noise[j]), guess, generator
+        ).full
+        for i, j in combinations(range(stack.shape[0]), 2)
+    }
+    groups: list[list[int]] = []
+    for i in range(stack.shape[0]):
+        group = next((group for group in groups if low_rank[group[0], i]), None)
+        if group is None:
+            groups.append([i])
+        else:
+            group.append(i)
+    return sorted(groups, key=lambda group: -len(group))

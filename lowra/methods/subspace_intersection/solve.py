@@ -1,0 +1,283 @@
+"""From known row and column spaces to W: linear least squares, then the maximum-likelihood polish."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowra.methods.subspace_intersection.intersection import (
+    intersect,
+    pair_spaces,
+    rank_at_gap,
+    ranks_from_pairs,
+)
+from lowra.methods.subspace_intersection.ranges import Core, LowRank, dense_svd
+
+# Weight of the mean in the least squares, relative to one model: enough to decide what no model determines, too
+# little to touch the rest (its influence is below the rounding of float64 merges wherever lambda_min > 1e-8).
+PROXIMAL = 1e-10
+
+# Gauss-Newton steps. The linear solution starts within rounding of the optimum, and the first step does nearly all.
+POLISH_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Tangents:
+    """Column and row spaces of the n updates, padded with zero columns to a common rank.
+
+    The first-order conditions of the maximum-likelihood fit live here: a change Z of X leaves the residual of model i
+    at P_Ui Z P_Vi with P_U = I - U U^T, P_V = I - V V^T, hence the identifiability operator
+    A(Z) = sum_i w_i P_Ui Z P_Vi, whose smallest eigenvalue says whether the data determine X.
+
+    left: (n, a, r), right: (n, b, r), ranks: per model, weights w: (n, 1, 1), of mean 1.
+    """
+
+    left: Tensor
+    right: Tensor
+    ranks: tuple[int, ...]
+    weights: Tensor
+
+    def residuals(self, x: Tensor) -> Tensor:
+        """P_Ui X_i P_Vi for X (n, a, b)."""
+        x = x - self.left @ (self.left.mT @ x)
+        return x - (x @ self.right) @ self.right.mT
+
+    def operator(self) -> Callable[[Tensor], Tensor]:
+        """Z (p, a, b) -> A(Z), at a cost that does not grow with n (the spaces together fill the core once)."""
+        rows = complement_sum(self.right, self.weights)  # (b, b)
+
+        def apply(z: Tensor) -> Tensor:
+            part = self.left.mT @ z.unsqueeze(-3)  # (p, n, r, b)
+            part = part - (part @ self.right) @ self.right.mT
+            return z @ rows - (self.weights * (self.left @ part)).sum(-3)
+
+        return apply
+
+    def kronecker(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Eigen-decompositions of sum_i w_i P_Ui (a, a) and sum_i w_i P_Vi (b, b): values and vectors of each."""
+        columns, rows = (complement_sum(side, self.weights) for side in (self.left, self.right))
+        return *torch.linalg.eigh(columns), *torch.linalg.eigh(rows)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An estimate X (a, b) in the core, with the ranks and spaces its residuals C_i - X have above the noise.
+
+    tails: (n,) largest singular value of each residual beyond its rank; edge: the smallest one within the ranks, over
+    the cutoff it passed. energy: weighted sum of squares beyond the ranks, the maximum-likelihood objective.
+    """
+
+    x: Tensor
+    tangents: Tangents
+    tails: Tensor
+    edge: float
+    energy: float
+
+    @property
+    def size(self) -> tuple[int, float]:
+        """What a simpler explanation has less of: the sum of the ranks, then what they leave unexplained."""
+        return sum(self.tangents.ranks), self.energy
+
+
+def complement_sum(bases: Tensor, weights: Tensor) -> Tensor:
+    """sum_i w_i (I - U_i U_i^T) for bases (n, m, r), weights (n, 1, 1) of mean 1: (m, m)."""
+    n, m, _ = bases.shape
+    return n * torch.eye(m, dtype=bases.dtype, device=bases.device) - (weights * (bases @ bases.mT)).sum(0)
+
+
+def padded(bases: list[Tensor]) -> Tensor:
+    """Stack bases (m, r_i) as (n, m, max r_i), short ones filled with zero columns, which project on nothing."""
+    width = max(basis.shape[1] for basis in bases)
+    return torch.stack([torch.nn.functional.pad(basis, (0, width - basis.shape[1])) for basis in bases])
+
+
+def least_squares(core: Core, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """The X that makes the updates C_i - X vanish outside their column spaces, their row spaces, or both.
+
+    minimise sum_i w_i (|P_Ui (C_i - X)|^2 + |(C_i - X) P_Vi|^2), one of the terms where a side is None. The normal
+    equations S_U X + X S_V = sum_i w_i (P_Ui C_i + C_i P_Vi) are a Sylvester equation with symmetric
+    S_U = sum_i w_i P_Ui and S_V alike, solved by two small eigen-decompositions. Written for X - mean C_i, so that what
+    the data leave open stays at the mean.
+
+    left: (n, a, r), right: (n, b, r). Returns X (a, b).
+    """
+    n, a, b = core.matrices.shape
+    mean = core.mean(core.matrices)
+    around = core.matrices - mean
+    target = torch.zeros_like(mean)
+    row_values, row_vectors = target.new_zeros(a), torch.eye(a, dtype=target.dtype, device=target.device)
+    column_values, column_vectors = target.new_zeros(b), torch.eye(b, dtype=target.dtype, device=target.device)
+    if left is not None:
+        target = target + n * core.mean(around - left @ (left.mT @ around))
+        row_values, row_vectors = torch.linalg.eigh(complement_sum(left, core.weights))
+    if right is not None:
+        target = target + n * core.mean(around - (around @ right) @ right.mT)
+        column_values, column_vectors = torch.linalg.eigh(complement_sum(right, core.weights))
+    scale = row_values[:, None].clamp(min=0) + column_values.clamp(min=0) + n * PROXIMAL  # (a, b)
+    return mean + row_vectors @ (row_vectors.mT @ target @ column_vectors / scale) @ column_vectors.mT
+
+
+def resolve(core: Core, x: Tensor, limits: list[int] | None = None) -> Solution:
+    """Ranks and spaces of the updates C_i - X above the noise.
+
+    An X that is wrong by some Z shows here: no model's update explains Z, so Z joins the spaces of all of them, where
+    the identifiability operator is blind to it. A wrong X can thus have a large rank, but no certificate.
+    """
+    left, values, right = dense_svd(core.matrices - x)
+    signal = values > core.cutoffs()[:, None]  # (n, p)
+    if limits is not None:
+        signal &= torch.arange(values.shape[1], device=x.device) < values.new_tensor(limits)[:, None]
+    ranks = tuple(signal.sum(1).tolist())
+    bases_left = padded([basis[:, :rank] for basis, rank in zip(left, ranks, strict=True)])
+    bases_right = padded([basis[:, :rank] for basis, rank in zip(right, ranks, strict=True)])
+    rest = torch.where(signal, 0, values)
+    energy = float((core.weights[:, 0] * rest.square()).sum())
+    tangents = Tangents(bases_left, bases_right, ranks, core.weights)
+    edge = torch.where(signal, values / core.cutoffs()[:, None], math.inf).min()
+    return Solution(x, tangents, rest.amax(1), float(edge), energy)
+
+
+def solve(core: Core, hint: int | None) -> Solution:
+    """The simplest X that explains all models: smallest sum of ranks, then smallest residual.
+
+    Candidates differ in the ranks (counted in the pairs; at the largest gap of each intersection; the hint), and in the
+    sides used. Both sides is the rule. Where models share directions on one side, the intersections on the other
+    side come out too small and their equations are wrong; that side alone, or the other, then wins the comparison. The
+    first candidate that keeps the rank it was made with is taken without trying others.
+    """
+    pairs = pair_spaces(core)
+    sides = [[intersect(spaces, i, pairs.partners(i)) for i in range(pairs.n)] for spaces in (pairs.left, pairs.right)]
+    gaps = [[rank_at_gap(shares) for _, shares in side] for side in sides]
+    counted = ranks_from_pairs(pairs)
+    proposals = [(counted, counted), (gaps[0], gaps[1]), *([([hint] * pairs.n,) * 2] if hint else [])]
+    best: Solution | None = None
+    for ranks in proposals:
+        left, right = (
+            padded([directions[:, :rank] for (directions, _), rank in zip(side, side_ranks, strict=True)])
+            for side, side_ranks in zip(sides, ranks, strict=True)
+        )
+        for chosen in ((left, right), (left, None), (None, right)):
+            solution = resolve(core, least_squares(core, *chosen))
+            if best is None or solution.size < best.size:
+                best = solution
+            if list(solution.tangents.ranks) == ranks[0] == ranks[1]:
+                return solution
+    assert best is not None
+    return best
+
+
+def fill_in(core: Core, columns_shared: bool) -> Solution:
+    """The estimate where all updates share part of their column space (or row space, if not `columns_shared`).
+
+    u^T W is open for a shared column direction u: M_i - u a^T has the same rank for any a. The intersections on the other
+    side leave that part of the updates out, and least squares on that side alone then spreads it between the models;
+    measured, the error of the mean falls by ten or so.
+    """
+    pairs = pair_spaces(core)
+    spaces = pairs.right if columns_shared else pairs.left
+    found = [intersect(spaces, i, pairs.partners(i)) for i in range(pairs.n)]
+    bases = padded([directions[:, : rank_at_gap(shares)] for directions, shares in found])
+    return resolve(core, least_squares(core, None, bases) if columns_shared else least_squares(core, bases, None))
+
+
+def two_models(first: Tensor, second: Tensor, difference: LowRank) -> Tensor:
+    """A guess at left^T (W - mean W') right, (p, p), from two models, which do not determine it.
+
+    Both W'_i - M_i agree outside of the p x p block of their difference's spaces, and in it W'_1 - M_1 = W'_2 - M_2 has a
+    p^2 / 2-dimensional family of solutions. Where the updates tower over the weights, W is small beside them and M_i is
+    the best rank p / 2 approximation of the block; elsewhere the mean is as good a guess as any. The rule between the
+    two is a heuristic: the block of W has a norm of about 2 rms(W) sqrt(p).
+    """
+    rank = difference.rank // 2
+    blocks = torch.stack([difference.left.mT @ w.double() @ difference.right for w in (first, second)])  # (2, p, p)
+    size = float(first.double().square().mean().sqrt())
+    if rank == 0 or float(difference.values.median()) < 2 * size * (8 * rank) ** 0.5:
+        return torch.zeros_like(blocks[0])
+    left, values, right = dense_svd(blocks)
+    updates = (left[..., :rank] * values[:, None, :rank]) @ right[..., :rank].mT
+    return -updates.mean(0)
+
+
+def polish(core: Core, solution: Solution) -> Solution:
+    """Gauss-Newton on the maximum-likelihood objective sum_i sum_{l > r_i} w_i sigma_l(C_i - X)^2.
+
+    One step solves A(Z) + mu Z = sum_i w_i P_Ui (C_i - X) P_Vi; the small mu keeps what A does not see where it is. A step
+    that raises the objective or the ranks is not taken.
+    """
+    for _ in range(POLISH_STEPS):
+        tangents = solution.tangents
+        target = (core.weights * tangents.residuals(core.matrices - solution.x)).sum(0)
+        step = conjugate_gradients(tangents, target.unsqueeze(0), tolerance=1e-6, iterations=60)[0]
+        better = resolve(core, solution.x + step)
+        if better.size >= solution.size:
+            break
+        gain = solution.energy - better.energy
+        solution = better
+        if gain < 1e-3 * solution.energy:
+            break
+    return solution
+
+
+def conjugate_gradients(tangents: Tangents, target: Tensor, tolerance: float, iterations: int) -> Tensor:
+    """Solve A(Z) + mu Z = target for each of (p, a, b), to a relative residual.
+
+    Preconditioned by (sum w_i P_Ui) x (sum w_i P_Vi) / n, which is A itself were one of the sides the same in all models, and
+    carries the small eigenvalues of directions that are nearly shared on one side.
+    """
+    n = len(tangents.ranks)
+    apply = tangents.operator()
+    row_values, row_vectors, column_values, column_vectors = tangents.kronecker()
+    scale = row_values[:, None].clamp(min=n * PROXIMAL) * column_values.clamp(min=n * PROXIMAL) / n + n * PROXIMAL
+
+    def precondition(r: Tensor) -> Tensor:
+        return row_vectors @ (row_vectors.mT @ r @ column_vectors / scale) @ column_vectors.mT
+
+    def dot(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).sum((-2, -1), keepdim=True)
+
+    z = torch.zeros_like(target)
+    r = target
+    p = s = precondition(r)
+    rs = dot(r, s)
+    limit = tolerance**2 * dot(target, target)
+    for _ in range(iterations):
+        if bool((dot(r, r) <= limit).all()):
+            break
+        image = apply(p) + n * PROXIMAL * p
+        alpha = rs / dot(p, image).clamp(min=torch.finfo(p.dtype).tiny)
+        z = z + alpha * p
+        r = r - alpha * image
+        s = precondition(r)
+        previous, rs = rs, dot(r, s)
+        p = s + rs / previous.clamp(min=torch.finfo(p.dtype).tiny) * p
+    return z
+
+
+def lift(core: Core, solution: Solution) -> tuple[Tensor, Tensor]:
+    """What W adds to the weighted mean of the merged weights, as factors (d, a + b) and (k, a + b).
+
+    Inside both joint subspaces that is X less the mean of the C_i. With the spaces U_i, V_i known, the blocks inside
+    only one of them are least squares too: a row outside of all column spaces, z_i = W'_i's row in the coordinates of
+    right, obeys (z_i - z) P_Vi = noise, so z = sum_i w_i z_i P_Vi (sum_i w_i P_Vi)^-1 rather than the mean. Outside of
+    both the mean is the best estimate.
+    """
+    n = len(core.noise)
+    tangents = solution.tangents
+    left, right = core.left, core.right
+
+    def refined(outside: Tensor, bases: Tensor) -> Tensor:  # (n, rows, m), (n, m, r) -> (rows, m)
+        target = outside.new_zeros(outside.shape[1:], dtype=torch.float64)
+        for weight, rows, basis in zip(core.weights.flatten(), outside, bases, strict=True):
+            rows = rows.double()
+            target += weight * (rows - (rows @ basis) @ basis.mT)
+        values, vectors = torch.linalg.eigh(complement_sum(bases, core.weights))
+        inverse = torch.where(values > n * PROXIMAL**0.5, 1 / values, 1 / n)  # the mean, where nothing is known
+        return (target @ vectors * inverse) @ vectors.mT - core.mean(outside)
+
+    inner = left @ (solution.x - core.mean(core.matrices))  # (d, b)
+    below, beside = refined(core.below, tangents.right), refined(core.beside, tangents.left)
+    return torch.cat([inner + below, left], 1), torch.cat([right, beside], 1)
