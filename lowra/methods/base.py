@@ -62,9 +62,20 @@ class Method(Protocol):
     middle, when the setting does not grant the rank.
     """
 
-    pretty: str
-    reference: str
-    needs_rank: bool
+    @property
+    def pretty(self) -> str:
+        """Name in tables and legends."""
+        ...
+
+    @property
+    def reference(self) -> str:
+        """Where the method is described."""
+        ...
+
+    @property
+    def needs_rank(self) -> bool:
+        """Whether it cannot work without `Observation.rank`."""
+        ...
 
     def recover(self, observation: Observation) -> Recovery:
         """Estimate the shared pre-fine-tuning weight of one layer."""

@@ -26,14 +26,22 @@ class Scorer(Protocol):
 
 
 class Metric(Protocol):
-    """A semantic metric is a frozen dataclass; its fields are its settings.
+    """A semantic metric is a frozen dataclass; its fields are its settings."""
 
-    column: its column in `trials.parquet`. pretty: the heading in tables. families: the subsets it can score.
-    """
+    @property
+    def column(self) -> str:
+        """Column in `trials.parquet`."""
+        ...
 
-    column: str
-    pretty: str
-    families: tuple[str, ...]
+    @property
+    def pretty(self) -> str:
+        """Heading in tables."""
+        ...
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Subsets it can score."""
+        ...
 
     def check(self, base: str, evaluation: Path | None) -> None:
         """Raise LowraError for anything that would stop scoring later: missing files, packages, memory."""

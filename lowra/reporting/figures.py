@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from lowra.reporting.results import Results
 
-_STYLE = {"figure.dpi": 130, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+_STYLE: Any = {"figure.dpi": 130, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
 
 
 def _save(path: Path) -> Path:
