@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -311,7 +312,7 @@ class MistralSftBuilder(_Stage):
                 tokenizer = self.tokenizer(base)
                 rows = self._tokens(tokenizer)
                 for seed, path in tqdm(missing.items(), desc="SFT", unit="model", leave=False):
-                    stage(path, lambda partial, seed=seed: self._train(partial, seed, base, tokenizer, rows))
+                    stage(path, partial(self._train, seed=seed, base=base, tokenizer=tokenizer, rows=rows))
         return list(paths.values())
 
     @property
@@ -466,10 +467,8 @@ class MistralDpoBuilder(_Stage):
             tokenizer = self.sft.tokenizer(base)
             rows = self._pairs(tokenizer)
             for seed, path in tqdm(missing.items(), desc="DPO", unit="model", leave=False):
-                start = starts[seed]
-                stage(
-                    path, lambda partial, seed=seed, start=start: self._train(partial, seed, base, start, tokenizer, rows)
-                )
+                work = partial(self._train, seed=seed, base=base, start=starts[seed], tokenizer=tokenizer, rows=rows)
+                stage(path, work)
 
     def _pairs(self, tokenizer: Any) -> Any:
         """All pairs as text: prompt = all turns but the last, answers = the last turn with its role's mark.

@@ -224,13 +224,16 @@ class MiniMistral:
         Muon for the layers' matrices: at this size it takes a minute to the loss that AdamW takes several to reach.
         """
         generator = torch.Generator().manual_seed(self.seed)
-        matrices = {name for name, value in model.named_parameters() if value.ndim == 2 and ".layers." in name}
-        groups = [[value for name, value in model.named_parameters() if (name in matrices) == inner] for inner in (1, 0)]
+        inner = {name: value for name, value in model.named_parameters() if value.ndim == 2 and ".layers." in name}
+        outer = [value for name, value in model.named_parameters() if name not in inner]
         optimizers = (
             torch.optim.Muon(
-                groups[0], lr=self.learning_rate, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"
+                list(inner.values()),
+                lr=self.learning_rate,
+                weight_decay=self.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
             ),
-            torch.optim.AdamW(groups[1], lr=self.learning_rate / 2, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.AdamW(outer, lr=self.learning_rate / 2, betas=(0.9, 0.95), weight_decay=0.0),
         )
         warmup = max(1, self.steps // 20)
 

@@ -122,7 +122,7 @@ def _rows(path: Path) -> list[Any]:
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         rows = json.loads(text)
     except (ValueError, OSError) as error:
-        raise LowraError(f"{path} is not a readable prompts file ({error}); expected .json, .jsonl or .parquet.") from None
+        raise LowraError(f"{path} is no readable prompts file ({error}); expected .json, .jsonl or .parquet.") from None
     if not isinstance(rows, list):
         raise LowraError(f"{path} holds a {type(rows).__name__}; expected a list of prompts.")
     return rows
@@ -208,6 +208,7 @@ class SbertScorer:
     def __init__(
         self, metric: Sbert, base: Path, evaluation: Path | None, device: torch.device, artifacts: Path | None
     ) -> None:
+        import transformers
         from sentence_transformers import SentenceTransformer
         from transformers import AutoConfig, AutoTokenizer
 
@@ -215,6 +216,9 @@ class SbertScorer:
         check_memory(base, metric.dtype, device)
         self.prompts = metric.read_prompts(evaluation)
         self.config = AutoConfig.from_pretrained(base)
+        self.architecture = (self.config.architectures or ["none"])[0]
+        if not hasattr(transformers, self.architecture):
+            raise LowraError(f"{base} names architecture {self.architecture!r}, which transformers does not have.")
         self.state = StoredState(base)
         self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -244,13 +248,14 @@ class SbertScorer:
         return texts
 
     def _model(self, weights: dict[str, Tensor]) -> Any:
-        from transformers import AutoModelForCausalLM, logging
+        import transformers
+        from transformers import logging
 
         dtype = _DTYPES[self.metric.dtype]
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = getattr(transformers, self.architecture).from_pretrained(
                 None,
                 config=self.config,
                 state_dict=with_weights(self.state, weights, dtype),
