@@ -62,7 +62,7 @@ def main_table(results: Results) -> pd.DataFrame:
             row["s/layer"] = f"{(trials['seconds'] / trials['layers']).mean():.3g}"
             if int(trials["failed_layers"].sum()):
                 row["failed"] = str(int(trials["failed_layers"].sum()))
-            if paper:
+            if paper and paper["n_loras"] in set(results.trials["n_loras"]):
                 reported = paper["rows"].get(method, {}) if n == paper["n_loras"] else {}
                 row["paper W-Error"] = pair(*reported["w_error"]) if "w_error" in reported else ""
                 for column, pretty in columns.items():
