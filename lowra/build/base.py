@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from lowra import __version__
+
 MARKER = "stage.json"
 
 
@@ -47,9 +49,15 @@ class Builder(Protocol):
 
 
 def recipe_key(builder: Any) -> str:
-    """Twelve hex digits that name a recipe: the builder's class and all its fields."""
-    recipe = {"class": type(builder).__qualname__, **dataclasses.asdict(builder)}
-    text = json.dumps(recipe, sort_keys=True, default=str)
+    """Twelve hex digits that name a recipe: the builder's class, all its fields and lowra's version.
+
+    A field with `metadata={"recipe": False}` says what to build now, not what the subset is, and is left out.
+    """
+    recipe = dataclasses.asdict(builder)
+    for spec in dataclasses.fields(builder):
+        if not spec.metadata.get("recipe", True):
+            del recipe[spec.name]
+    text = json.dumps([__version__, type(builder).__qualname__, recipe], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
