@@ -94,7 +94,7 @@ class _Stage:
     models: Sequence[int] | None
     fraction: float
     rank: int
-    alpha: float
+    alpha: int
     dropout: float
     targets: Sequence[str]
     learning_rate: float

@@ -182,7 +182,7 @@ class MiniMistral:
         model = MistralForCausalLM(config)
         losses = self._train(model, stream)
         edge = max(1, self.steps // 20)
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -253,8 +253,9 @@ class MiniMistral:
             model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for part in (*optimizers, *schedules):
-                part.step()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
         return losses

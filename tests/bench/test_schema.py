@@ -175,6 +175,23 @@ def test_rank_above_the_layer(tmp_path: Path) -> None:
         table.fingerprint()
 
 
+def test_a_hub_data_set_is_read_by_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The layout of the published data set: a folder per configuration, named in the card's header.
+    planted = list(planted_layers())
+    write_dataset(planted, tmp_path / "repo" / "vit")
+    write_dataset(planted_layers(seed=1), tmp_path / "repo" / "other")
+    header = "".join(
+        f"- config_name: {c}\n  data_files:\n  - split: train\n    path: {c}/train-*\n" for c in ("vit", "other")
+    )
+    (tmp_path / "repo" / "README.md").write_text(f"---\nconfigs:\n{header}---\n")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    table = open_hub(str(tmp_path / "repo"), "vit")
+    assert len(table) == 3
+    for i, layer in enumerate(planted):
+        assert_same(table.read(i), layer)
+    assert [lora.name for lora in table.read(1, [5, 0]).loras] == ["task_5", "task_0"]
+
+
 def test_the_hub_out_of_reach_names_the_alternatives() -> None:
     with pytest.raises(LowraError, match=r"source=mini .*source\.path=FOLDER"):
         open_hub("Eliahu/LoWRA-Bench", "vit")
