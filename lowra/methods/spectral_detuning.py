@@ -16,7 +16,7 @@ Where this differs from the pseudocode (nothing but rounding and the random draw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,7 +35,7 @@ OVERSAMPLING = 8
 
 # Share of the steps, the last ones, that a compressed run takes in float64. Earlier ones are in the paper's float32, a
 # third of the time at 4096 x 4096, and leave rounding of 2^-24 of an update; where updates are as large as W, that is
-# 100 times the squared error of float64, and a few exact steps remove it (measured: a tenth of 300 does as well as all).
+# 100 times the squared error of float64, and a few exact steps remove it: a tenth of 300 measured as well as all.
 FLOAT64_SHARE = 0.1
 
 # Rows of a layer that are in float64 at a time: 256 x 4096 numbers are 8 MB, near the caches, where a whole layer is
