@@ -1,0 +1,50 @@
+"""Image files to a model's input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from lowra.errors import LowraError
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file as RGB; grey images are repeated over the channels. Raises LowraError when it cannot be read."""
+    try:
+        return Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise LowraError(f"{path} is not a readable image ({error}); fetch it again.") from None
+
+
+def pixel_values(paths: Sequence[Path], processor: Any) -> Tensor:
+    """Images as an image processor of transformers prepares them: (n, 3, height, width) float32.
+
+    All are kept in memory: at 224 x 224, 1000 images take 0.6 GB. Raises LowraError for a file that is no image.
+    """
+    batches = []
+    with tqdm(total=len(paths), desc="images", unit="image", delay=5, leave=False) as bar:
+        for start in range(0, len(paths), 256):
+            images = [open_image(path) for path in paths[start : start + 256]]
+            batches.append(processor(images=images, return_tensors="pt")["pixel_values"])
+            bar.update(len(images))
+    return torch.cat(batches)  # (n, 3, height, width)
+
+
+def image_processor(base: Path, **changes: Any) -> Any:
+    """The image processor of a base model's folder, with settings changed.
+
+    Raises LowraError when the folder has none.
+    """
+    from transformers import AutoImageProcessor
+
+    if not (base / "preprocessor_config.json").exists():
+        raise LowraError(f"{base} has no preprocessor_config.json; copy the base model with its image processor.")
+    return AutoImageProcessor.from_pretrained(base, **changes)

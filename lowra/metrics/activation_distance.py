@@ -1,0 +1,173 @@
+"""Act.-Dist. (Section 6.4, Appendix E): how far apart the activations of two image models are.
+
+For each image, the cosine distance between the true and the recovered model's mean token after the last transformer
+block, averaged over images. "After the last block" is read literally: the residual stream before the final layer norm.
+The mean is over all tokens, the class token included. Activations come from float32 models; distances are float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lowra.bench.checkpoint import component_folder, with_weights
+from lowra.bench.detect import StoredState
+from lowra.bench.images import SUFFIXES, image_processor, open_image, pixel_values
+from lowra.errors import LowraError, unknown
+from lowra.metrics.base import Weights
+
+
+@dataclass(frozen=True)
+class ActivationDistance:
+    """The Act.-Dist. column of Table 2; lower is closer, 0 for equal models.
+
+    images: folder of ImageNet's validation images, a sub-folder per class; None takes the builder's held-out images.
+    images_per_class: the first so many of each class, by file name (the paper: 5 of 1000 classes).
+    tokens: "mean", or "flatten" to compare all tokens as one long vector, as the authors' script does.
+    blocks: "last", or "all" for an extra column `act_dist_block_<i>` per transformer block, as the script prints.
+    batch_size: images a forward pass. The preprocessed images stay in memory (3 GB at the paper's numbers).
+    """
+
+    images: str | None
+    images_per_class: int
+    tokens: str
+    blocks: str
+    batch_size: int
+
+    column: ClassVar[str] = "act_dist"
+    pretty: ClassVar[str] = "Act.-Dist."
+    families: ClassVar[tuple[str, ...]] = ("vit",)
+
+    def check(self, base: str, evaluation: Path | None) -> None:
+        """Raise LowraError for unknown options, a base without weights or processor, and missing or broken images."""
+        for name, value, known in (
+            ("tokens", self.tokens, ("mean", "flatten")),
+            ("blocks", self.blocks, ("last", "all")),
+        ):
+            if value not in known:
+                raise unknown(f"metrics.activation_distance.{name}", value, known)
+        if self.images_per_class < 1 or self.batch_size < 1:
+            raise LowraError("metrics.activation_distance: images_per_class and batch_size must be at least 1.")
+        # The images first: they are the cheapest to look at, and the base may have to be fetched.
+        for path in self.image_paths(evaluation):
+            open_image(path)
+        folder = component_folder(base)
+        StoredState(folder)
+        image_processor(folder)
+
+    def image_paths(self, evaluation: Path | None) -> list[Path]:
+        """The images to compare on, class by class in the order of names.
+
+        Raises LowraError when there is no folder, or a class has too few images.
+        """
+        folder = Path(self.images) if self.images is not None else evaluation
+        if folder is None:
+            raise LowraError(
+                "Act.-Dist. needs images: give metrics.activation_distance.images=FOLDER, ImageNet's validation images "
+                "in a sub-folder per class, or use metrics=[] or source=mini."
+            )
+        classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        if not classes:
+            raise LowraError(f"Image folder {folder} has no sub-folders; expected one per class, with images in it.")
+        chosen = []
+        for inside in classes:
+            found = sorted(path for path in inside.iterdir() if path.suffix.lower() in SUFFIXES)
+            if len(found) < self.images_per_class:
+                raise LowraError(
+                    f"Class folder {inside} holds {len(found)} images; metrics.activation_distance.images_per_class "
+                    f"asks for {self.images_per_class}."
+                )
+            chosen += found[: self.images_per_class]
+        return chosen
+
+    def scorer(
+        self, base: str, evaluation: Path | None, device: torch.device, artifacts: Path | None
+    ) -> ActivationScorer:
+        """The base model's activations on all images; `activation_distance_images.txt` in `artifacts` lists these."""
+        paths = self.image_paths(evaluation)
+        if artifacts is not None:
+            artifacts.mkdir(parents=True, exist_ok=True)
+            names = "".join(f"{path.parent.name}/{path.name}\n" for path in paths)
+            (artifacts / "activation_distance_images.txt").write_text(names)
+        return ActivationScorer(self, component_folder(base), paths, device)
+
+
+class ActivationScorer:
+    """Act.-Dist. bound to one base model."""
+
+    def __init__(self, metric: ActivationDistance, base: Path, paths: list[Path], device: torch.device) -> None:
+        from transformers import AutoConfig
+
+        self._metric = metric
+        self._config = AutoConfig.from_pretrained(base)
+        self._state = dict(StoredState(base))
+        self._device = device
+        self._pixels = pixel_values(paths, image_processor(base))  # (n, 3, height, width)
+        # Kept from a model that took the same way as the recovered ones, so that equal weights are at distance 0.
+        self._reference = [[b.cpu() for b in batch] for batch in self._activations({}, "reference")]
+
+    def score(self, weights: Weights, label: str) -> dict[str, float]:
+        """Mean distance over images: `act_dist` after the last block, and each block's when all were asked for."""
+        total: Tensor | float = 0.0
+        for ours, true in zip(self._activations(weights, label), self._reference, strict=True):
+            total = total + torch.stack([cosine_distance(o.cpu(), t).sum() for o, t in zip(ours, true, strict=True)])
+        distances = (total / len(self._pixels)).tolist()  # type: ignore[union-attr]
+        scores = {self._metric.column: distances[-1]}
+        if self._metric.blocks == "all":
+            scores |= {f"{self._metric.column}_block_{i:02}": distance for i, distance in enumerate(distances)}
+        return scores
+
+    def _activations(self, weights: Weights, label: str) -> Any:
+        """Batch by batch, each wanted block's image vectors: (batch, width), or (batch, tokens * width) flattened."""
+        model = load_vit(self._config, with_weights(self._state, {name: w for (_, name), w in weights.items()}))
+        encoder = model.to(self._device).base_model
+        wanted = slice(1, None) if self._metric.blocks == "all" else slice(-1, None)
+        with torch.no_grad(), tqdm(total=len(self._pixels), desc=label, unit="image", delay=5, leave=False) as bar:
+            for pixels in self._pixels.split(self._metric.batch_size):
+                # The embeddings come first, then each block's output; none of them has seen the final layer norm.
+                blocks = encoder(pixels.to(self._device), output_hidden_states=True).hidden_states[wanted]
+                flat = self._metric.tokens == "flatten"
+                yield [b.flatten(1) if flat else b.double().mean(1) for b in blocks]  # b: (batch, tokens, width)
+                bar.update(len(pixels))
+
+
+def load_vit(config: Any, state: dict[str, Tensor]) -> Any:
+    """A ViT classifier from a state dict in checkpoint names, by transformers' own renaming.
+
+    Raises LowraError when a weight is missing or left over.
+    """
+    from transformers import ViTForImageClassification
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = ViTForImageClassification.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    model, info = loaded
+    if wrong := sorted(info["missing_keys"] | info["unexpected_keys"]):
+        raise LowraError(
+            f"The base checkpoint does not fit ViTForImageClassification: {wrong[0]!r} is missing or left over "
+            f"({len(wrong)} such weights); give the base model with its classifier."
+        )
+    return model.eval()
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cos of paired rows in float64. a, b: (n, width). Returns (n,).
+
+    Computed as |a/|a| - b/|b||^2 / 2, which is the same number without the cancellation in 1 - cos: never negative,
+    0 for equal rows, and exact down to distances far below float64's epsilon. No clamp is needed.
+    """
+    a, b = a.double(), b.double()
+    unit_a, unit_b = a / a.norm(dim=1, keepdim=True), b / b.norm(dim=1, keepdim=True)
+    return (unit_a - unit_b).square().sum(1) / 2
