@@ -19,6 +19,7 @@ The steps, a module each: `noise`, `screen`, `ranges`, `intersection`, `solve`, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -46,7 +47,7 @@ from lowra.methods.subspace_intersection.screen import distinct_models, same_bas
 from lowra.methods.subspace_intersection.solve import fill_in, lift, polish, solve, two_models
 
 # Layers of at least this many entries run their passes in float32 where the updates are small enough (see below).
-LARGE = 2**20
+LARGE = 2**19
 
 # float32 passes err by 2^-24 of the update; with updates this much smaller than the weights that is lost in the
 # rounding of the merge itself.
@@ -86,10 +87,12 @@ class Estimate:
 
     def rows(self, picked: slice | Tensor) -> Tensor:
         """Some rows, (rows, k) float64."""
-        total = (self.left[picked] @ self.right.mT).double()
-        for model, weight in zip(self.models, self.weights, strict=True):
-            total.add_(model[picked], alpha=weight)
-        return total
+        first = self.models[0][picked]
+        # Summed as differences to model 0, which are small and, in float32, exact where the passes are in float32.
+        total = self.left[picked] @ self.right.mT
+        for model, weight in zip(self.models[1:], self.weights[1:], strict=True):
+            total.add_(model[picked].to(total.dtype) - first.to(total.dtype), alpha=weight)
+        return total.double().add_(first)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """All of it (d, k): float64, or rounded to a grid and held in float32."""
@@ -257,48 +260,47 @@ def pose(stack: Tensor, storage: torch.dtype, observation: Observation) -> Probl
     )
 
 
-def differences_to_first(problem: Problem) -> tuple[Problem, list[Difference], list[LowRank]]:
-    """D_i = W'_i - W'_0 with their low-rank parts, and the problem with its noise corrected upwards.
+def first_parts(problem: Problem, count: int, known: Sequence[LowRank] = ()) -> list[LowRank]:
+    """Low-rank parts of W'_i - W'_0 for the first `count` models after model 0, beyond those known."""
+    parts = list(known)
+    guess = problem.guess
+    for i in range(len(parts) + 1, count + 1):
+        guess = max([guess, *(part.rank + OVERSAMPLING // 2 for part in parts)])
+        difference = Difference(problem.merged[i], problem.merged[0], problem.dtype)
+        parts.append(low_rank_part(difference, joined(problem.noise[0], problem.noise[i]), guess, problem.generator))
+    return parts
+
+
+def with_excess_noise(problem: Problem, parts: list[LowRank]) -> tuple[Problem, list[LowRank]]:
+    """The noise corrected upwards, and the low-rank parts above it.
 
     What a difference leaves beyond its low rank is noise too: where it exceeds what the format explains (updates
     computed in float32, a base that was touched), the larger of the two counts.
     """
-    noise = list(problem.noise)
-    differences = [Difference(model, problem.merged[0], problem.dtype) for model in problem.merged[1:]]
-    parts: list[LowRank] = []
-    guess = problem.guess
-    for i, difference in enumerate(differences, start=1):
-        parts.append(low_rank_part(difference, joined(noise[0], noise[i]), guess, problem.generator))
-        guess = max(guess, parts[-1].rank + OVERSAMPLING // 2)
-    excess = [
-        max(1.0, part.residual / joined(noise[0], other).std) for part, other in zip(parts, noise[1:], strict=True)
-    ]
-    noise = [level.scaled(factor) for level, factor in zip(noise, [min(excess), *excess], strict=True)]
-    d, k = differences[0].shape
-    parts = [
-        part.above(MARGIN * joined(noise[0], other).norm(d, k)) for part, other in zip(parts, noise[1:], strict=True)
-    ]
-    return replace(problem, noise=tuple(noise)), differences, parts
+    first, others = problem.noise[0], problem.noise[1:]
+    excess = [max(1.0, part.residual / joined(first, other).std) for part, other in zip(parts, others, strict=True)]
+    first, *others = (level.scaled(x) for level, x in zip(problem.noise, [min(excess), *excess], strict=True))
+    _, d, k = problem.merged.shape
+    kept = [part.above(MARGIN * joined(first, other).norm(d, k)) for part, other in zip(parts, others, strict=True)]
+    return replace(problem, noise=(first, *others)), kept
 
 
 def closed_form(problem: Problem) -> Answer:
     """Recover from all models that share a base, naming those that do not."""
     n = len(problem.labels)
-    lead = problem.subset(list(range(min(n, 3))))
-    lead, differences, parts = differences_to_first(lead)
+    parts = first_parts(problem, min(n, 3) - 1)
+    if not any(part.full for part in parts) and n > 4 and n * max(part.rank for part in parts) > 2 * WIDE:
+        # Wide cores: each difference holds two updates.
+        answer = from_three(problem.subset([0, 1, 2]), parts)
+        if answer.lambda_min is not None and answer.lambda_min > LEAD_CONDITION:
+            return all_models(problem, answer)
+    if not any(part.full for part in parts):
+        parts = first_parts(problem, n - 1, parts)
     if any(part.full for part in parts):
         return without_outliers(problem)
     if n == 2:
-        return from_two(lead, parts[0])
-    if n > 4 and n * max(part.rank for part in parts) > 2 * WIDE:  # each difference holds two updates
-        answer = from_three(lead, differences, parts)
-        if answer.lambda_min is not None and answer.lambda_min > LEAD_CONDITION:
-            return all_models(problem, answer)
-    if n > 3:
-        lead, differences, parts = differences_to_first(problem)
-        if any(part.full for part in parts):
-            return without_outliers(problem)
-    return from_three(lead, differences, parts)
+        return from_two(problem, parts[0])
+    return from_three(problem, parts)
 
 
 def without_outliers(problem: Problem) -> Answer:
@@ -338,8 +340,10 @@ def from_two(problem: Problem, part: LowRank) -> Answer:
     )
 
 
-def from_three(problem: Problem, differences: list[Difference], parts: list[LowRank]) -> Answer:
+def from_three(problem: Problem, parts: list[LowRank]) -> Answer:
     """The closed form on three or more models, with its certificate."""
+    problem, parts = with_excess_noise(problem, parts)
+    differences = [Difference(model, problem.merged[0], problem.dtype) for model in problem.merged[1:]]
     core = joint_core(differences, parts, problem.noise)
     solution = polish(core, solve(core, problem.hint))
     certificate = certify(core, solution)
@@ -438,7 +442,7 @@ def low_signal(problem: Problem) -> Answer | None:
     level = min(noise.std for noise in problem.noise)
     if n < 3 or spread - level**2 > (LOW_SIGNAL * level) ** 2:
         return None
-    _, _, parts = differences_to_first(problem)
+    _, parts = with_excess_noise(problem, first_parts(problem, n - 1))
     return spectral(problem, problem.hint or math.ceil(max(part.rank for part in parts) / 2))
 
 

@@ -15,7 +15,7 @@ def distinct_models(stack: Tensor) -> list[int]:
     """Indices of the models (n, d, k) that are not exact copies of an earlier one."""
     kept: list[int] = []
     for i in range(stack.shape[0]):
-        if not any(torch.equal(stack[i], stack[j]) for j in kept):
+        if not any(torch.equal(stack[i, 0], stack[j, 0]) and torch.equal(stack[i], stack[j]) for j in kept):
             kept.append(i)
     return kept
 

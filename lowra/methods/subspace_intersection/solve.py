@@ -270,13 +270,14 @@ def lift(core: Core, solution: Solution) -> tuple[Tensor, Tensor]:
     left, right = core.left, core.right
 
     def refined(outside: Tensor, bases: Tensor) -> Tensor:  # (n, rows, m), (n, m, r) -> (rows, m)
-        target = outside.new_zeros(outside.shape[1:], dtype=torch.float64)
-        for weight, rows, basis in zip(core.weights.flatten(), outside, bases, strict=True):
-            rows = rows.double()
-            target += weight * (rows - (rows @ basis) @ basis.mT)
-        values, vectors = torch.linalg.eigh(complement_sum(bases, core.weights))
+        # In the dtype of the passes: what is outside is noise, and needs few digits.
+        bases = bases.to(outside.dtype)
+        target = torch.zeros_like(outside[0])
+        for weight, rows, basis in zip(core.weights.flatten().tolist(), outside, bases, strict=True):
+            target.add_(rows - (rows @ basis) @ basis.mT, alpha=weight)
+        values, vectors = torch.linalg.eigh(complement_sum(bases.double(), core.weights))
         inverse = torch.where(values > n * PROXIMAL**0.5, 1 / values, 1 / n)  # the mean, where nothing is known
-        return (target @ vectors * inverse) @ vectors.mT - core.mean(outside)
+        return target @ ((vectors * inverse) @ vectors.mT).to(target.dtype) - core.mean(outside)
 
     inner = left @ (solution.x - core.mean(core.matrices))  # (d, b)
     below, beside = refined(core.below, tangents.right), refined(core.beside, tangents.left)
