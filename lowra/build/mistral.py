@@ -128,6 +128,11 @@ class _Stage:
             raise unknown("builder.dtype", self.dtype, ("bfloat16", "float16", "float32"))
         if not 0 < self.fraction <= 1:
             raise LowraError(f"builder.fraction={self.fraction} is no share of the data; expected a number in (0, 1].")
+        if (gpus := torch.cuda.device_count()) > 1:
+            raise LowraError(
+                f"{gpus} GPUs are visible and one trains one model: set CUDA_VISIBLE_DEVICES to one of them, and start "
+                "a process a GPU, each with its own builder.models=[...]."
+            )
 
     def _load(self, columns: Sequence[str]) -> Any:
         """The rows. Raises LowraError when a column is missing, does not hold messages, or there are too few rows."""

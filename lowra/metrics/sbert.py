@@ -64,13 +64,17 @@ class Sbert:
     families: ClassVar[tuple[str, ...]] = ("mistral_sft", "mistral_dpo")
 
     def check(self, base: str, evaluation: Path | None) -> None:
-        """Raise LowraError for missing prompts, a missing encoder, or a model that does not fit in memory."""
+        """Raise LowraError for missing prompts or encoder, and a base model that is missing or too large for memory.
+
+        A base on the Hub is fetched for it: better now than after hours of recovery.
+        """
         if self.dtype not in _DTYPES:
             raise unknown("metrics.sbert.dtype", self.dtype, _DTYPES)
         self.read_prompts(evaluation)
         find_encoder(self.encoder)
-        if base and Path(base).is_dir():
-            check_memory(Path(base), self.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if base:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            check_memory(component_folder(base), self.dtype, device)
 
     def scorer(self, base: str, evaluation: Path | None, device: torch.device, artifacts: Path | None) -> SbertScorer:
         """Load base and encoder, and generate the reference texts."""

@@ -373,6 +373,12 @@ def test_impossible_settings(changes, message):
         dpo(sft(), **changes).check()
 
 
+def test_several_visible_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(LowraError, match=r"4 GPUs are visible.*CUDA_VISIBLE_DEVICES"):
+        sft().check()
+
+
 def test_more_rows_than_the_standard_library_has():
     with pytest.raises(LowraError, match=f"1000000 rows.*{len(documentation())} names"):
         DocumentationChats(rows=1_000_000, seed=0).load()

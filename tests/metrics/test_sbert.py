@@ -176,7 +176,7 @@ def test_not_enough_memory_says_how_much_is_needed(base, evaluation, monkeypatch
         available = 1000
 
     monkeypatch.setattr("psutil.virtual_memory", Memory)
-    with pytest.raises(LowraError, match=r"billion parameters in float32\) needs .* GiB of memory and 0\.0 GiB are free"):
+    with pytest.raises(LowraError, match=r"parameters in float32\) needs .* GiB of memory and 0\.0 GiB are free"):
         metric().check(str(base), evaluation)
 
 
