@@ -1,4 +1,4 @@
-"""SBERT on a tiny random Mistral: the sampling is transformers' own, prompt by prompt; equal models are at the floor."""
+"""SBERT on a tiny random Mistral: sampling is transformers' own, prompt by prompt; equal models are at the floor."""
 
 import dataclasses
 import json
