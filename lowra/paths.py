@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -29,6 +30,11 @@ def cache_dir() -> Path:
 
 
 def register_resolvers() -> None:
-    """Make `${results_dir:}` and `${cache_dir:}` known to the configs."""
+    """Make `${results_dir:}`, `${cache_dir:}` and `${default:...}` known to the configs.
+
+    `${default:package.module.Class.field}` is a field's default, so that a config can name a setting (for people to
+    see and to change) without declaring its value a second time.
+    """
+    OmegaConf.register_new_resolver("default", get_object, replace=True)
     OmegaConf.register_new_resolver("results_dir", lambda: str(results_dir()), replace=True)
     OmegaConf.register_new_resolver("cache_dir", lambda: str(cache_dir()), replace=True)

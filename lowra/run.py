@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lowra
+import lowra.methods
 from lowra import report
 from lowra.bench import draws as drawing
 from lowra.bench.merge import merge, merge_dtype
@@ -84,13 +84,16 @@ class Run:
 
 
 def source_digest(method: Method) -> str:
-    """A digest of the file a method is defined in; empty where there is none to read."""
+    """A digest of the code a method is made of: its file, or all files of its package where it has one of its own."""
     target = getattr(method, "function", None)
     target = getattr(target, "func", target) or type(method)
-    try:
-        return hashlib.sha256(inspect.getsource(sys.modules[target.__module__]).encode()).hexdigest()[:16]
-    except (OSError, TypeError, KeyError):
+    module = sys.modules.get(target.__module__)
+    file = getattr(module, "__file__", None)
+    if module is None or file is None:  # defined at a prompt: nothing to read
         return ""
+    own_package = module.__package__ not in ("", None, lowra.methods.__name__)
+    files = sorted(Path(file).parent.glob("*.py")) if own_package else [Path(file)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 # ---- Before any heavy work --------------------------------------------------------------------------------------
