@@ -1,0 +1,152 @@
+"""Stable Diffusion LoRAs found in the wild, collected into the LoWRA-Bench format (Appendix D.3, Table 8).
+
+264 layers: twelve modules of each of the UNet's sixteen attention blocks, and six of each of the text encoder's twelve
+layers. (The text of D.3 counts 192, the UNet's alone; Table 1 has 264.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from lowra.bench.checkpoint import component_folder, load_state_dict, resolve
+from lowra.bench.schema import Layer, Lora, write_dataset
+from lowra.build.base import Built, stage
+from lowra.build.kohya import LoraFile, Module, expected_modules
+from lowra.errors import LowraError
+
+CIVITAI = Path(__file__).with_name("civitai.json")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA file and the name it goes by."""
+
+    name: str
+    path: Path
+
+
+def collect(base: str, adapters: Sequence[Adapter], folder: Path, *, allow_missing: bool = False) -> dict[str, Any]:
+    """Write the data set of LoRA files of one base model to `folder`, a layer at a time.
+
+    base: diffusers folder or Hub id. allow_missing: keep only the layers that every file has trained, instead of
+    refusing files that leave layers out. Ranks and alphas may differ between files and layers.
+    Returns what was found: number of layers, layers left out, ranks and alphas per file.
+    Raises LowraError for a file that does not fit (see `LoraFile`) or, unless allowed, lacks modules.
+    """
+    modules, files = open_files(base, adapters, allow_missing=allow_missing)
+    kept = [module for module in modules if all(m in f.modules and m not in f.untrained for f in files for m in [module])]
+    if not kept:
+        raise LowraError("No layer is adapted by every LoRA file; take files that adapt the same layers.")
+    found: dict[str, dict[str, set[float]]] = {a.name: {"rank": set(), "alpha": set()} for a in adapters}
+
+    def layers() -> Iterator[Layer]:
+        component, state = "", dict[str, Tensor]()
+        for module in tqdm(kept, desc="collecting layers", leave=False):
+            if module.component != component:  # one component in memory at a time
+                component = module.component
+                state = load_state_dict(component_folder(base, component))
+            weight = state[resolve(module.layer_name, state)]
+            loras = []
+            for adapter, file in zip(adapters, files, strict=True):
+                factors = file.read(module)
+                rank = factors.A.shape[0]
+                found[adapter.name]["rank"].add(rank)
+                found[adapter.name]["alpha"].add(factors.alpha)
+                loras.append(Lora(adapter.name, rank, factors.alpha, factors.A, factors.B))
+            yield Layer(component, module.layer_name, base_name(base), weight.flatten(1).float(), tuple(loras))
+
+    write_dataset(layers(), folder)
+    return {
+        "layers": len(kept),
+        "left_out": [module.layer_name for module in modules if module not in kept],
+        "ranks": {name: sorted(values["rank"]) for name, values in found.items()},
+        "alphas": {name: sorted(values["alpha"]) for name, values in found.items()},
+    }
+
+
+def base_name(base: str) -> str:
+    """The name a base model goes by in the data set: its Hub id, or its folder's name."""
+    return Path(base).name if Path(base).is_dir() else base
+
+
+def open_files(
+    base: str, adapters: Sequence[Adapter], *, allow_missing: bool = False
+) -> tuple[list[Module], list[LoraFile]]:
+    """The base model's modules, and the LoRA files opened and checked against them.
+
+    Raises LowraError for a file that does not fit, or that lacks a module or never trained it (B = 0), unless allowed.
+    """
+    modules = expected_modules(base)
+    files = [LoraFile(adapter.path, modules) for adapter in adapters]
+    advice = "Take another file, or set allow_missing=true to leave those layers out for all LoRAs."
+    for file in files if not allow_missing else []:
+        if missing := [module.kohya_name for module in modules if module not in file.modules]:
+            raise LowraError(
+                f"{file.path.name} adapts {len(file.modules)} of the base model's {len(modules)} modules; missing: "
+                f"{', '.join(missing)}. {advice}"
+            )
+        if file.untrained:
+            raise LowraError(
+                f"{file.path.name} has {len(file.untrained)} untrained modules (B is zero), the first "
+                f"{file.untrained[0].kohya_name!r}. {advice}"
+            )
+    return modules, files
+
+
+@dataclass(frozen=True)
+class StableDiffusionBuild:
+    """The subset of Table 8: LoRA files of SD 1.5 from a folder.
+
+    base: diffusers folder or Hub id of SD 1.5 (the paper's runwayml repository is gone; this is its community copy).
+    loras: folder of `.safetensors` files, from `scripts/download_civitai.py` or downloaded by hand.
+    count: how many files there must be. allow_missing: see `collect`.
+    """
+
+    base: str
+    loras: str
+    count: int
+    allow_missing: bool
+
+    def adapters(self) -> list[Adapter]:
+        """The LoRA files: those named by a version id of Table 8 in its order, then all others by name.
+
+        Raises LowraError when the folder is missing or does not hold `count` files.
+        """
+        folder = Path(self.loras).expanduser()
+        if not folder.is_dir():
+            raise LowraError(
+                f"LoRA folder {folder} does not exist; fetch the files of Table 8 with "
+                f"`python scripts/download_civitai.py {folder}`, or give a folder of files of your own."
+            )
+        table = json.loads(CIVITAI.read_text())
+        paths = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+        listed = {str(entry["version"]): entry for entry in table}
+        adapters = [Adapter(entry["name"], paths.pop(version)) for version, entry in listed.items() if version in paths]
+        adapters += [Adapter(stem, path) for stem, path in paths.items()]
+        if len(adapters) != self.count:
+            absent = [entry["url"] for entry in table if entry["name"] not in {a.name for a in adapters}]
+            raise LowraError(
+                f"{folder} holds {len(adapters)} .safetensors files; expected count={self.count}. Of Table 8 these are "
+                f"not there as <version id>.safetensors: {', '.join(absent) or 'none'}."
+            )
+        return adapters
+
+    def check(self) -> None:
+        """Open every file and compare it with the base model's modules."""
+        open_files(self.base, self.adapters(), allow_missing=self.allow_missing)
+
+    def build(self, folder: Path) -> Built:
+        """Collect the files into `folder`."""
+        adapters = self.adapters()
+        report = stage(
+            folder / "collected",
+            lambda partial: collect(self.base, adapters, partial / "dataset", allow_missing=self.allow_missing),
+        )
+        return Built(folder / "collected" / "dataset", self.base, None, report)

@@ -1,0 +1,418 @@
+"""The Stable Diffusion subset in miniature: the same classes, trained here, on a world of drawn pictures.
+
+A latent diffusion pipeline (AutoencoderKL, CLIPTextModel, UNet2DConditionModel, the scheduler of SD 1.5) is trained from
+nothing on captioned pictures until prompts control the picture. Fifteen personalisation LoRAs are then trained on it,
+one style each, with PEFT on UNet and text encoder, and saved as kohya safetensors: what civitai serves. The collector
+of `stable_diffusion.py` reads them as it reads the real ones.
+
+What differs from the paper's subset, apart from the size:
+
+1. The LoRAs of Table 8 were found, not trained, and no recipe of theirs is published. Ours follows diffusers'
+   text-to-image LoRA training script, and the usual kohya habits of alpha = rank / 2 and float16 files.
+2. SD 1.5's text encoder was trained on image-text pairs before and then frozen; here it learns with the UNet.
+3. The autoencoder sees plain and styled pictures, as SD's has seen more kinds of pictures than any LoRA shows it.
+4. Latents are the means of the encoder's distributions, encoded once, instead of fresh samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lowra.build.base import Built, stage
+from lowra.build.kohya import Factors, Module, expected_modules, write_kohya
+from lowra.build.stable_diffusion import Adapter, collect
+from lowra.build.stable_diffusion_pictures import STYLES, Scene, describe, draw, random_scenes, style_statistics
+from lowra.errors import LowraError
+
+# scheduler/scheduler_config.json of SD 1.5; DDPM and PNDM share the noise schedule.
+NOISE_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+SAMPLER: dict[str, Any] = {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
+
+# The modules of Appendix D.3 in the UNet, and their fellows in the text encoder: 12 per block and 6 per layer.
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
+# Prompts of a build's own checks use few steps: they are looked at, not scored.
+CHECK_STEPS = 20
+
+# AutoencoderKL's latent distribution is held together by a faint pull to the normal distribution (Rombach et al. 2022).
+KL_WEIGHT = 1e-6
+
+
+@dataclass(frozen=True)
+class StableDiffusionMini:
+    """A small Stable Diffusion and `models` LoRAs of it, trained on this machine.
+
+    seed: of everything drawn here. image_size: in pixels.
+    unet_channels: of the two resolutions; the first has cross attention, the second has not (as SD 1.5's last).
+    text_width, text_layers: of the text encoder. vae_channels: one entry per resolution of the autoencoder, each half
+    of the one before.
+    pictures: size of the training set. *_steps, *_batch, *_lr: of the autoencoder, the base model and each LoRA (AdamW;
+    constant rate for LoRAs, cosine to zero for the others). caption_dropout: share of empty captions, which
+    classifier-free guidance needs. models: how many LoRAs (styles). style_pictures: pictures per style.
+    rank, alpha: of the LoRAs. prompts: evaluation prompts.
+    """
+
+    seed: int
+    image_size: int
+    unet_channels: tuple[int, int]
+    text_width: int
+    text_layers: int
+    vae_channels: tuple[int, ...]
+    pictures: int
+    vae_steps: int
+    vae_batch: int
+    vae_lr: float
+    base_steps: int
+    base_batch: int
+    base_lr: float
+    caption_dropout: float
+    models: int
+    style_pictures: int
+    rank: int
+    alpha: float
+    lora_steps: int
+    lora_batch: int
+    lora_lr: float
+    prompts: int
+
+    def check(self) -> None:
+        """Raise LowraError for sizes that cannot be built."""
+        if not 2 <= self.models <= len(STYLES):
+            raise LowraError(f"models={self.models} LoRAs asked for; there are {len(STYLES)} styles, and 2 are needed.")
+        narrow = min(*self.unet_channels, self.text_width)
+        if not 1 <= self.rank <= narrow:
+            raise LowraError(f"rank={self.rank} does not fit layers of width {narrow}; give a rank from 1 to {narrow}.")
+
+    def build(self, folder: Path) -> Built:
+        """Train what is not trained yet. Every part is a stage: a killed build goes on where it was."""
+        self.check()
+        report: dict[str, Any] = {"autoencoder": stage(folder / "vae", self._train_vae)}
+        report["base"] = stage(folder / "base", lambda partial: self._train_base(partial, folder / "vae"))
+        styles = list(STYLES)[: self.models]
+        report["loras"] = {
+            style: stage(folder / "loras" / style, lambda partial, style=style: self._train_lora(partial, folder, style))
+            for style in styles
+        }
+        report["evaluation"] = stage(folder / "evaluation", self._write_prompts)
+        adapters = [Adapter(style, folder / "loras" / style / f"{style}.safetensors") for style in styles]
+        report["dataset"] = stage(
+            folder / "collected", lambda partial: collect(str(folder / "base"), adapters, partial / "dataset")
+        )
+        return Built(folder / "collected" / "dataset", str(folder / "base"), folder / "evaluation", report)
+
+    # ---- Stages -------------------------------------------------------------------------------------------------
+
+    def _train_vae(self, folder: Path) -> dict[str, Any]:
+        generator = self._seed(0)
+        vae = AutoencoderKL(
+            block_out_channels=self.vae_channels,
+            down_block_types=("DownEncoderBlock2D",) * len(self.vae_channels),
+            up_block_types=("UpDecoderBlock2D",) * len(self.vae_channels),
+            mid_block_add_attention=False,
+            norm_num_groups=8,
+            sample_size=self.image_size,
+        )
+        # Begin with almost deterministic latents: unit noise, the usual start, takes hundreds of steps to unlearn.
+        with torch.no_grad():
+            vae.quant_conv.bias[vae.config.latent_channels :] = -8.0
+        scenes = random_scenes(self.pictures, generator)
+        looks = [None, *STYLES]
+        images = torch.cat(
+            [draw(scenes[i :: len(looks)], self.image_size, generator, look) for i, look in enumerate(looks)]
+        )
+        images = images * 2 - 1
+
+        def loss() -> Tensor:
+            batch = images[torch.randint(len(images), (self.vae_batch,), generator=generator)]
+            posterior = vae.encode(batch).latent_dist
+            rebuilt = vae.decode(posterior.sample(generator)).sample
+            return F.mse_loss(rebuilt, batch) + KL_WEIGHT * posterior.kl().mean()
+
+        losses = _train([vae], loss, self.vae_steps, self.vae_lr, "autoencoder")
+        vae.eval()
+        with torch.no_grad():
+            latents = vae.encode(images[:512]).latent_dist.mean
+            rebuilt = vae.decode(latents).sample
+        # The UNet wants latents of unit variance, as SD's 0.18215 gives them.
+        vae.register_to_config(scaling_factor=float(1 / latents.std()))
+        vae.save_pretrained(folder)
+        error = F.mse_loss(rebuilt.clamp(-1, 1), images[:512]) / 4  # of pixels in [0, 1]
+        return {"final_loss": losses, "psnr_db": float(-10 * error.log10())}
+
+    def _train_base(self, folder: Path, vae_folder: Path) -> dict[str, Any]:
+        generator = self._seed(1)
+        scenes = random_scenes(self.pictures, generator)
+        captions = [scene.caption for scene in scenes]
+        tokenizer = make_tokenizer(captions)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=self.text_width,
+                intermediate_size=4 * self.text_width,
+                projection_dim=self.text_width,
+                num_hidden_layers=self.text_layers,
+                num_attention_heads=4,
+                max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        vae = AutoencoderKL.from_pretrained(vae_folder)
+        unet = UNet2DConditionModel(
+            sample_size=self.image_size // vae_scale(vae),
+            block_out_channels=self.unet_channels,
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=self.text_width,
+            attention_head_dim=4,
+            norm_num_groups=16,
+        )
+        images = draw(scenes, self.image_size, generator)
+        losses = train_diffusion(
+            unet,
+            text_encoder,
+            encode_images(vae, images),
+            tokenize(tokenizer, captions),
+            tokenize(tokenizer, [""])[0],
+            steps=self.base_steps,
+            batch_size=self.base_batch,
+            lr=self.base_lr,
+            schedule="cosine",
+            caption_dropout=self.caption_dropout,
+            generator=generator,
+            title="base model",
+        )
+        pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder.eval(),
+            tokenizer=tokenizer,
+            unet=unet.eval(),
+            scheduler=PNDMScheduler(**NOISE_SCHEDULE, **SAMPLER),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(folder)
+        asked = self.scenes()
+        shown = self._generate(pipeline)
+        save_images(shown, folder / "samples")
+        seen = describe(shown)
+        return {
+            "final_loss": losses,
+            "prompt_control": {
+                part: sum(getattr(a, part) == getattr(b, part) for a, b in zip(asked, seen, strict=True)) / len(asked)
+                for part in ("shape", "colour", "background")
+            },
+        }
+
+    def _train_lora(self, folder: Path, root: Path, style: str) -> dict[str, Any]:
+        generator = self._seed(2 + list(STYLES).index(style))
+        pipeline = load_pipeline(root / "base")
+        unet, text_encoder = pipeline.unet, pipeline.text_encoder
+        scenes = random_scenes(self.style_pictures, generator)
+        images = draw(scenes, self.image_size, generator, style)
+        latents = encode_images(pipeline.vae, images)
+        before = style_statistics(self._generate(pipeline))
+
+        unet.requires_grad_(False)
+        text_encoder.requires_grad_(False)
+        unet.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=UNET_TARGETS))
+        text_encoder.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=TEXT_TARGETS))
+        losses = train_diffusion(
+            unet,
+            text_encoder,
+            latents,
+            tokenize(pipeline.tokenizer, [scene.caption for scene in scenes]),
+            tokenize(pipeline.tokenizer, [""])[0],
+            steps=self.lora_steps,
+            batch_size=self.lora_batch,
+            lr=self.lora_lr,
+            schedule="constant",
+            caption_dropout=0.0,
+            generator=generator,
+            title=f"LoRA {style}",
+        )
+        modules = expected_modules(str(root / "base"))
+        write_kohya(
+            folder / f"{style}.safetensors",
+            {
+                **peft_factors(modules, "unet", get_peft_model_state_dict(unet), self.alpha),
+                **peft_factors(modules, "text_encoder", get_peft_model_state_dict(text_encoder), self.alpha),
+            },
+        )
+        # How far the generated pictures have moved from the base model's to the style's own, in style statistics.
+        shown = self._generate(pipeline)
+        save_images(shown, folder / "samples")
+        plain = draw(scenes, self.image_size, self._seed(100))
+        styled = draw(scenes, self.image_size, self._seed(100), style)
+        way = style_statistics(styled) - style_statistics(plain)
+        moved = style_statistics(shown) - before
+        return {"final_loss": losses, "style_strength": float(moved @ way / way.square().sum())}
+
+    def _write_prompts(self, folder: Path) -> None:
+        captions = [scene.caption for scene in self.scenes()]
+        (folder / "prompts.json").write_text(json.dumps(captions, indent=1) + "\n")
+
+    # ---- Helpers ------------------------------------------------------------------------------------------------
+
+    def scenes(self) -> list[Scene]:
+        """The scenes that the evaluation prompts ask for."""
+        return random_scenes(self.prompts, torch.Generator().manual_seed(self.seed))
+
+    def _seed(self, part: int) -> torch.Generator:
+        """Seed one part of the build: the global generator (initial weights) and one for everything drawn."""
+        torch.manual_seed(1000 * self.seed + part)
+        return torch.Generator().manual_seed(1000 * self.seed + part)
+
+    def _generate(self, pipeline: StableDiffusionPipeline) -> Tensor:
+        """Pictures (n, 3, size, size) in [0, 1] for the evaluation prompts."""
+        prompts = [scene.caption for scene in self.scenes()]
+        generator = torch.Generator().manual_seed(self.seed)
+        return pipeline(prompts, num_inference_steps=CHECK_STEPS, generator=generator, output_type="pt").images
+
+
+def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-pair merges are learnt from the captions: every word becomes one token."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    blank = CLIPTokenizer(vocab={start: 0, end: 1}, merges=[])
+    tokenizer = blank.train_new_from_iterator(captions, vocab_size=1000, show_progress=False)
+    tokenizer.model_max_length = 16
+    return tokenizer
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token ids (n, model_max_length), padded as the pipeline pads prompts."""
+    return tokenizer(
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def vae_scale(vae: AutoencoderKL) -> int:
+    """Pixels per latent and side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def load_pipeline(base: Path) -> StableDiffusionPipeline:
+    """The pipeline stored in a diffusers folder, quiet and without a safety checker."""
+    pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Scaled latents (n, 4, h, w) of images (n, 3, H, W) in [0, 1]."""
+    latents = [vae.encode(batch * 2 - 1).latent_dist.mean for batch in images.split(128)]
+    return torch.cat(latents) * vae.config.scaling_factor
+
+
+def train_diffusion(
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    latents: Tensor,
+    tokens: Tensor,
+    empty: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    schedule: str,
+    caption_dropout: float,
+    generator: torch.Generator,
+    title: str,
+) -> float:
+    """Train whatever requires a gradient in both models to predict the noise in latents (epsilon prediction).
+
+    latents: (n, 4, h, w). tokens: (n, length); empty: (length,), the tokens of no caption. Returns the final loss (see
+    `_train`).
+    """
+    noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(latents), (batch_size,), generator=generator)
+        noise = torch.randn(latents[rows].shape, generator=generator)
+        timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (batch_size,), generator=generator)
+        noisy = noise_scheduler.add_noise(latents[rows], noise, timesteps)  # (b, 4, h, w)
+        dropped = torch.rand(batch_size, 1, generator=generator) < caption_dropout
+        hidden = text_encoder(torch.where(dropped, empty, tokens[rows])).last_hidden_state  # (b, length, width)
+        return F.mse_loss(unet(noisy, timesteps, hidden).sample, noise)
+
+    return _train([unet, text_encoder], loss, steps, lr, title, schedule)
+
+
+def _train(
+    models: list[torch.nn.Module],
+    loss: Callable[[], Tensor],
+    steps: int,
+    lr: float,
+    title: str,
+    schedule: str = "cosine",
+) -> float:
+    """AdamW on `loss()`, gradients clipped to norm 1. Returns the mean loss of the last tenth of the steps."""
+    for model in models:
+        model.train()
+    parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    rates = get_scheduler(schedule, optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
+    losses: list[float] = []
+    bar = tqdm(range(steps), desc=title, leave=False)
+    for step in bar:
+        value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        losses.append(value.item())
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    for model in models:
+        model.eval()
+    return float(np.mean(losses[-max(1, steps // 10) :]))
+
+
+def peft_factors(
+    modules: list[Module], component: str, state: dict[str, Tensor], alpha: float
+) -> dict[Module, Factors]:
+    """PEFT's factors (`<path>.lora_A.weight`, `<path>.lora_B.weight`) of one component, by module."""
+    return {
+        module: Factors(
+            A=state[f"{module.path}.lora_A.weight"].flatten(1),
+            B=state[f"{module.path}.lora_B.weight"].flatten(1),
+            alpha=alpha,
+        )
+        for module in modules
+        if module.component == component
+    }
+
+
+def save_images(images: Tensor, folder: Path) -> None:
+    """Write images (n, 3, H, W) in [0, 1] as folder/000.png, 001.png, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{i:03d}.png")
