@@ -299,7 +299,8 @@ class MistralSftBuilder(_Stage):
         """The base checkpoint's folder: fetched, or trained in miniature and kept in `folder`."""
         if not isinstance(self.base, MiniMistral):
             return component_folder(self.base)
-        stage(folder / "base", self.base.build)
+        with quietly(self.quiet):
+            stage(folder / "base", self.base.build)
         return folder / "base"
 
     def base_report(self, folder: Path) -> dict[str, Any]:
