@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 CANVAS = 96
 """Everything is drawn on a canvas this wide, and averaged down to the image size."""
@@ -421,5 +422,7 @@ TASKS: dict[str, tuple[int, Draw]] = {
 def draw_images(draw: Draw, classes: int, count: int, size: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     """`count` images of random classes: (count, size, size, 3) uint8 and (count,) labels."""
     labels = rng.integers(0, classes, count)
-    images = [draw(int(label), rng).resize((size, size), Image.Resampling.BOX) for label in labels]
-    return np.stack([np.asarray(image) for image in images]), labels
+    images = np.empty((count, size, size, 3), dtype=np.uint8)
+    for i, label in enumerate(tqdm(labels, desc="drawing", unit="image", delay=5, leave=False)):
+        images[i] = np.asarray(draw(int(label), rng).resize((size, size), Image.Resampling.BOX))
+    return images, labels

@@ -68,9 +68,9 @@ def reference_distances(base, weights, paths, flatten):
     pixels = processor(images=[Image.open(p).convert("RGB") for p in paths], return_tensors="pt")["pixel_values"]
     for folder in (base, weights):
         model = transformers.ViTForImageClassification.from_pretrained(folder).eval()
-        seen = []
+        seen: list[torch.Tensor] = []
         for layer in model.vit.layers:
-            layer.register_forward_hook(lambda module, args, out: seen.append(out))
+            layer.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
         with torch.no_grad():
             model(pixels)
         values.append([(s.flatten(1) if flatten else s.mean(1)).double() for s in seen])
