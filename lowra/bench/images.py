@@ -16,10 +16,15 @@ from lowra.errors import LowraError
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-def open_image(path: Path) -> Image.Image:
-    """An image file as RGB; grey images are repeated over the channels. Raises LowraError when it cannot be read."""
+def open_image(path: Path, *, header_only: bool = False) -> Image.Image:
+    """An image file as RGB; grey images are repeated over the channels.
+
+    header_only: look at the file's header and decode nothing, to find broken files early.
+    Raises LowraError when it cannot be read.
+    """
     try:
-        return Image.open(path).convert("RGB")
+        with Image.open(path) as image:
+            return image if header_only else image.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise LowraError(f"{path} is not a readable image ({error}); fetch it again.") from None
 

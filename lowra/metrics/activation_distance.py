@@ -55,7 +55,7 @@ class ActivationDistance:
             raise LowraError("metrics.activation_distance: images_per_class and batch_size must be at least 1.")
         # The images first: they are the cheapest to look at, and the base may have to be fetched.
         for path in self.image_paths(evaluation):
-            open_image(path)
+            open_image(path, header_only=True)
         folder = component_folder(base)
         StoredState(folder)
         image_processor(folder)
