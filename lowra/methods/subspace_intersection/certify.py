@@ -49,9 +49,10 @@ class Certificate:
 def certify(core: Core, solution: Solution) -> Certificate:
     """Predict the error of W (first-order propagation of the rounding noise through the least squares).
 
-    The estimate is linear in the noise to first order, W_hat - W = A^-1 sum_i w_i P_Ui E_i P_Vi, with
-    covariance s^2 A^-1, s^-2 the mean of the s_i^-2. Split by the joint subspaces: inside both, the operator on the core; in the columns only (d - a rows are
-    free of updates), (sum_i P_Vi)^-1; in the rows only, (sum_i P_Ui)^-1; outside of both, the mean of n errors:
+    The estimate is linear in the noise to first order, W_hat - W = A^-1 sum_i w_i P_Ui E_i P_Vi, with covariance
+    s^2 A^-1, s^-2 the mean of the s_i^-2. Split by the joint subspaces: inside both, the operator on the core; in the
+    row space only (d - a dimensions), (sum_i w_i P_Vi)^-1; in the column space only (k - b), (sum_i w_i P_Ui)^-1;
+    outside of both, the mean of n errors:
 
         s^2 / (d k) [tr A^-1 + (d - a) tr (sum P_Vi)^-1 + (k - b) tr (sum P_Ui)^-1 + (d - a)(k - b) / n]
     """

@@ -44,7 +44,7 @@ from lowra.methods.subspace_intersection.ranges import (
 )
 from lowra.methods.subspace_intersection.refine import weighted_refinement
 from lowra.methods.subspace_intersection.screen import distinct_models, same_base
-from lowra.methods.subspace_intersection.solve import fill_in, lift, polish, solve, two_models
+from lowra.methods.subspace_intersection.solve import fill_in, lift, polish, solve, towards_mean, two_models
 
 # Layers of at least this many entries run their passes in float32 where the updates are small enough (see below).
 LARGE = 2**19
@@ -107,8 +107,8 @@ class Estimate:
 class Answer:
     """An estimate with what is known about it, before any grid.
 
-    certificate: short code; status: its sentence; ranks: of the updates found, in the order of `models` of the stack
-    that were used.
+    certificate: short code, status: its sentence. ranks: of the updates, for the models used, in their order.
+    predicted, lambda_min, discrepancy, edge: see `certify.Certificate`. outliers: models left out, counted from 0.
     """
 
     estimate: Estimate
@@ -118,6 +118,7 @@ class Answer:
     predicted: float | None = None
     lambda_min: float | None = None
     discrepancy: float | None = None
+    edge: float = math.inf
     outliers: tuple[int, ...] = ()
 
 
@@ -159,8 +160,8 @@ class Problem:
 class SubspaceIntersection:
     """Closed-form recovery from n >= 3 merges, with a certificate and without ranks.
 
-    snap: round the estimate to the grid of the base weights: "auto" detects it, "bf16", "fp16" or "fp32" name it, "none"
-        returns float64.
+    snap: round the estimate to the grid of the base weights: "auto" detects it, "bf16", "fp16" or "fp32" name it,
+        "none" returns float64.
     refine: "weighted" re-fits W and the updates with every entry weighted by its own rounding (see `refine`), "none"
         does not; "auto" does where it is cheap or pays most: small layers and half-precision merges. Nothing is
         refined where a coarse grid has already settled every weight.
@@ -212,33 +213,55 @@ class SubspaceIntersection:
 
     def _finish(self, answer: Answer, problem: Problem, storage: torch.dtype) -> tuple[Tensor, str]:
         """Detect the grid, refine where it pays, round: W (d, k) and the name of the grid."""
-        estimate = answer.estimate
+        grid, estimate = self.snap, answer.estimate
+        if grid == "auto":
+            grid = detected_grid(estimate, problem)
+        half = storage != torch.float32
+        coarse = grid in ("bf16", "fp16")
+        ranks = refinable_ranks(answer, problem.hint, half=half, coarse=coarse)
         _, d, k = problem.merged.shape
-
-        def grid_of(estimate: Estimate) -> str:
-            if self.snap != "auto":
-                return self.snap
-            return grids.detect(estimate.rows(sampled_rows(d, k, problem.merged.device)[:256]))
-
-        grid = grid_of(estimate)
-        settled = grid in ("bf16", "fp16") and storage == torch.float32
-        cheap = d * k <= REFINE_ENTRIES or storage != torch.float32
-        wanted = self.refine == "weighted" or (self.refine == "auto" and cheap)
-        if wanted and not settled and answer.certificate in ("certified", "weak", "low_signal") and any(answer.ranks):
-            weight = estimate.dense(torch.float64)
-            used = [i for i, label in enumerate(problem.labels) if label not in answer.outliers]
-            used_problem = problem.subset(used)
-            factors = []
-            for model, rank in zip(used_problem.merged, answer.ranks, strict=True):
-                rest = Difference(model, weight, torch.float64)
-                columns = min(rank + OVERSAMPLING, d, k)
-                left, values, right = leading_triplets(rest, columns, problem.generator)
-                root = values[:rank].sqrt()
-                factors.append((left[:, :rank] * root, right[:, :rank] * root))
-            weight = weighted_refinement(used_problem.merged, weight, factors, storage)
+        wanted = self.refine == "weighted" or (self.refine == "auto" and (half or d * k <= REFINE_ENTRIES))
+        # A coarse grid settles the weights of float32 merges; nothing is left to refine.
+        if wanted and any(ranks) and not (coarse and not half):
+            used = problem.subset([i for i, label in enumerate(problem.labels) if label not in answer.outliers])
+            weight = refined(used, estimate.dense(torch.float64), ranks, storage)
             estimate = Estimate(weight.unsqueeze(0), [1.0], weight.new_zeros(d, 0), weight.new_zeros(k, 0))
-            grid = grid_of(estimate)
         return estimate.dense(torch.float64 if grid == "none" else grids.GRIDS[grid]), grid
+
+
+def detected_grid(estimate: Estimate, problem: Problem) -> str:
+    """The grid of the base weights, told from some rows of the estimate."""
+    _, d, k = problem.merged.shape
+    rows = sampled_rows(d, k, problem.merged.device)[:256]
+    return grids.detect(estimate.rows(rows), problem.mean().rows(rows))
+
+
+def refinable_ranks(answer: Answer, hint: int | None, *, half: bool, coarse: bool) -> tuple[int, ...]:
+    """Ranks of the updates for the weighted fit; empty where it would do harm.
+
+    A fit of too low a rank pushes what it lacks into W, so a low signal is refined only with the rank granted, and only
+    where a coarse grid takes in the greater scatter. In half precision the last singular values hide in the noise:
+    unless the ranks found end in a clear edge, the granted rank is used.
+    """
+    if answer.certificate == "low_signal":
+        return answer.ranks if hint is not None and coarse else ()
+    if answer.certificate not in ("certified", "weak"):
+        return ()
+    if half and hint is not None and answer.edge < CLEAR_EDGE:
+        return tuple(max(rank, hint) for rank in answer.ranks)
+    return answer.ranks
+
+
+def refined(problem: Problem, weight: Tensor, ranks: tuple[int, ...], storage: torch.dtype) -> Tensor:
+    """The weighted fit from an estimate (d, k), all models and their ranks given."""
+    factors = []
+    for model, rank in zip(problem.merged, ranks, strict=True):
+        columns = min(rank + OVERSAMPLING, *weight.shape)
+        rest = Difference(model, weight, torch.float64)
+        left, values, right = leading_triplets(rest, columns, problem.generator)
+        root = values[:rank].sqrt()
+        factors.append((left[:, :rank] * root, right[:, :rank] * root))
+    return weighted_refinement(problem.merged, weight, factors, storage)
 
 
 def pose(stack: Tensor, storage: torch.dtype, observation: Observation) -> Problem:
@@ -279,10 +302,12 @@ def with_excess_noise(problem: Problem, parts: list[LowRank]) -> tuple[Problem, 
     """
     first, others = problem.noise[0], problem.noise[1:]
     excess = [max(1.0, part.residual / joined(first, other).std) for part, other in zip(parts, others, strict=True)]
-    first, *others = (level.scaled(x) for level, x in zip(problem.noise, [min(excess), *excess], strict=True))
+    scaled = tuple(level.scaled(x) for level, x in zip(problem.noise, [min(excess), *excess], strict=True))
     _, d, k = problem.merged.shape
-    kept = [part.above(MARGIN * joined(first, other).norm(d, k)) for part, other in zip(parts, others, strict=True)]
-    return replace(problem, noise=(first, *others)), kept
+    kept = [
+        part.above(MARGIN * joined(scaled[0], other).norm(d, k)) for part, other in zip(parts, scaled[1:], strict=True)
+    ]
+    return replace(problem, noise=scaled), kept
 
 
 def closed_form(problem: Problem) -> Answer:
@@ -306,7 +331,7 @@ def closed_form(problem: Problem) -> Answer:
 def without_outliers(problem: Problem) -> Answer:
     """Sort the models by base and recover from the largest group."""
     groups = same_base(problem.merged, problem.noise, problem.guess, problem.dtype, problem.generator)
-    if len(groups[0]) == 1:
+    if len(groups[0]) == 1 or len(groups) == 1:
         return Answer(
             problem.mean(),
             "not_identifiable",
@@ -316,14 +341,12 @@ def without_outliers(problem: Problem) -> Answer:
     outliers = tuple(sorted(problem.labels[i] for group in groups[1:] for i in group))
     answer = closed_form(problem.subset(groups[0]))
     named = ", ".join(map(str, outliers))
-    note = f"Model{'s' * (len(outliers) > 1)} {named} (counted from 0) differ{'s' * (len(outliers) == 1)} from the others by a full rank: another base, left out."
-    answer = replace(answer, status=f"{answer.status} {note}", outliers=tuple(sorted(outliers + answer.outliers)))
+    note = f"Of another base, differing from the others by a full rank, and left out (models from 0): {named}."
+    found = tuple(sorted(outliers + answer.outliers))
+    answer = replace(answer, status=f"{answer.status} {note}", outliers=found)
     if len(groups[1]) == len(groups[0]):
-        return replace(
-            answer,
-            certificate="inconsistent",
-            status=f"Two bases with as many models each; one is as likely meant as the other. {answer.status}",
-        )
+        status = f"Two bases with as many models each; one is as likely meant as the other. {answer.status}"
+        return replace(answer, certificate="inconsistent", status=status)
     return answer
 
 
@@ -350,8 +373,10 @@ def from_three(problem: Problem, parts: list[LowRank]) -> Answer:
     if certificate.predicted is not None and certificate.predicted > certificate.mean_error:
         return spectral(problem, max(solution.tangents.ranks))
     code, sentence = verdict(certificate, problem.hint, max(solution.tangents.ranks))
-    if certificate.predicted is None and bool(certificate.shared_columns) != bool(certificate.shared_rows):
-        solution = replace(fill_in(core, bool(certificate.shared_columns)), tangents=solution.tangents)
+    if certificate.predicted is None:
+        one_sided = bool(certificate.shared_columns) != bool(certificate.shared_rows)
+        guess = fill_in(core, bool(certificate.shared_columns)) if one_sided else towards_mean(core, solution)
+        solution = replace(solution, x=guess.x)
     left, right = lift(core, solution)
     return Answer(
         replace(problem.mean(), left=left.to(problem.dtype), right=right.to(problem.dtype)),
@@ -361,6 +386,7 @@ def from_three(problem: Problem, parts: list[LowRank]) -> Answer:
         certificate.predicted,
         certificate.lambda_min,
         certificate.discrepancy,
+        certificate.edge,
     )
 
 
@@ -382,13 +408,13 @@ def verdict(certificate: Certificate, hint: int | None, rank: int) -> tuple[str,
     expected = f"expected W-Error {certificate.predicted:.2f} before rounding to a grid"
     if hint is not None and rank < hint and certificate.edge > CLEAR_EDGE:
         return "inconsistent", (
-            f"Inconsistent: the updates have rank {rank} or less with a clear edge, not the granted {hint}; a component that "
-            f"all of them share would look like this and stay in the estimate. If there is none: {expected}."
+            f"Inconsistent: the updates have rank {rank} at most with a clear edge, not the granted {hint}; a component "
+            f"that all of them share would look like this and stay in the estimate. If there is none: {expected}."
         )
     if certificate.lambda_min < WELL_CONDITIONED:
         return "weak", (
-            f"Precise but weakly conditioned: the updates nearly share a space (lambda_min {certificate.lambda_min:.0e}), "
-            f"which raises the rounding of the merges; {expected}."
+            "Precise but weakly conditioned: the updates nearly share a space or fill the layer (lambda_min "
+            f"{certificate.lambda_min:.0e}), which raises the rounding of the merges; {expected}."
         )
     return "certified", f"Certified: W is determined by the merges; {expected}."
 
@@ -398,12 +424,11 @@ def all_models(problem: Problem, lead: Answer) -> Answer:
 
     One step of the paper's Eq. 5 and 7 from a point within rounding of the answer. With X on its grid, its error is
     mostly gone and the step averages n independent ones. To first order the new error is (I - A / n) of X's error plus
-    sum_i P_Ui E_i P_Vi / n; the former survives in the updates' tangent spaces alone, a share t of all directions, which
-    gives the prediction ((1 - t) s^2 / n + t s_X^2), s_X^2 the error of X.
+    sum_i P_Ui E_i P_Vi / n; the former survives in the updates' tangent spaces alone, a share t of all directions,
+    which gives the prediction ((1 - t) s^2 / n + t s_X^2), s_X^2 the error of X.
     """
-    n, d, k = problem.merged.shape
-    rows = lead.estimate.rows(sampled_rows(d, k, problem.merged.device)[:256])
-    start = lead.estimate.dense(grids.GRIDS[grids.detect(rows)])  # (d, k)
+    _, d, k = problem.merged.shape
+    start = lead.estimate.dense(grids.GRIDS[detected_grid(lead.estimate, problem)])  # (d, k)
     guess = max(lead.ranks) + OVERSAMPLING
     parts: dict[int, LowRank] = {}
     for i, (model, noise) in enumerate(zip(problem.merged, problem.noise, strict=True)):
@@ -426,7 +451,8 @@ def all_models(problem: Problem, lead: Answer) -> Answer:
     return replace(
         lead,
         estimate=replace(mean, left=left.to(problem.dtype), right=right.to(problem.dtype)),
-        status=f"Certified on three models, then averaged over {len(ranks)}; expected W-Error {predicted:.2f} before rounding to a grid.{named}",
+        status=f"Certified on three models, then averaged over {len(ranks)}; expected W-Error {predicted:.2f} before "
+        f"rounding to a grid.{named}",
         ranks=ranks,
         predicted=predicted,
         outliers=outliers,
