@@ -39,7 +39,7 @@ OVERSAMPLING = 8
 FLOAT64_SHARE = 0.1
 
 # Models are truncated together while they hold at most this many numbers in all. One batch saves most of the time of a
-# small layer, which is the overhead of calls; larger matrices are as fast or faster one by one, each staying in the cache.
+# small layer, which is the overhead of calls; larger matrices, one by one, stay in the cache and are as fast or faster.
 BATCH_ENTRIES = 2**17
 
 # Rows of a layer that are in float64 at a time: 256 x 4096 numbers are 8 MB, near the caches, where a whole layer is
