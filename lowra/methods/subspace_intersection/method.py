@@ -44,7 +44,7 @@ from lowra.methods.subspace_intersection.ranges import (
 )
 from lowra.methods.subspace_intersection.refine import weighted_refinement
 from lowra.methods.subspace_intersection.screen import distinct_models, same_base
-from lowra.methods.subspace_intersection.solve import fill_in, lift, polish, solve, towards_mean, two_models
+from lowra.methods.subspace_intersection.solve import fill_in, lift, polish, solve, two_models
 
 # Layers of at least this many entries run their passes in float32 where the updates are small enough (see below).
 LARGE = 2**19
@@ -373,13 +373,15 @@ def from_three(problem: Problem, parts: list[LowRank]) -> Answer:
     if certificate.predicted is not None and certificate.predicted > certificate.mean_error:
         return spectral(problem, max(solution.tangents.ranks))
     code, sentence = verdict(certificate, problem.hint, max(solution.tangents.ranks))
-    if certificate.predicted is None:
-        one_sided = bool(certificate.shared_columns) != bool(certificate.shared_rows)
-        guess = fill_in(core, bool(certificate.shared_columns)) if one_sided else towards_mean(core, solution)
-        solution = replace(solution, x=guess.x)
-    left, right = lift(core, solution)
+    estimate = problem.mean()
+    one_sided = bool(certificate.shared_columns) != bool(certificate.shared_rows)
+    if certificate.predicted is None and one_sided:
+        solution = replace(solution, x=fill_in(core, columns_shared=certificate.shared_columns > 0).x)
+    if certificate.predicted is not None or one_sided:
+        left, right = lift(core, solution)
+        estimate = replace(estimate, left=left.to(problem.dtype), right=right.to(problem.dtype))
     return Answer(
-        replace(problem.mean(), left=left.to(problem.dtype), right=right.to(problem.dtype)),
+        estimate,
         code,
         sentence,
         solution.tangents.ranks,
@@ -393,23 +395,27 @@ def from_three(problem: Problem, parts: list[LowRank]) -> Answer:
 def verdict(certificate: Certificate, hint: int | None, rank: int) -> tuple[str, str]:
     """Short code and sentence for what the certificate says."""
     if certificate.predicted is None:
+        columns, rows = certificate.shared_columns, certificate.shared_rows
         shared = [
-            f"{size} direction{'s' * (size > 1)} of their {side} space"
-            for size, side in ((certificate.shared_columns, "column"), (certificate.shared_rows, "row"))
-            if size
+            f"{size} {side} direction{'s' * (size > 1)}" for size, side in ((columns, "column"), (rows, "row")) if size
         ]
+        if len(shared) == 1:
+            return "not_identifiable", (
+                f"Not identifiable: all updates share {shared[0]}, in which any part of them may belong to W. The other "
+                "directions are recovered."
+            )
         reason = (
-            f"all updates share {' and '.join(shared)}, in which any part of them may belong to W"
+            f"all updates share {' and '.join(shared)}"
             if shared
-            else "the row and column spaces of the updates together leave a part of W open "
-            "(ranks too large for the layer or for so few models, or spaces shared by some of them)"
+            else "several weights explain the merges equally well (ranks too large for the layer or for so few models, "
+            "or spaces shared by some of them)"
         )
-        return "not_identifiable", f"Not identifiable: {reason}. Other directions are recovered."
+        return "not_identifiable", f"Not identifiable: {reason}. The mean is returned."
     expected = f"expected W-Error {certificate.predicted:.2f} before rounding to a grid"
     if hint is not None and rank < hint and certificate.edge > CLEAR_EDGE:
         return "inconsistent", (
-            f"Inconsistent: the updates have rank {rank} at most with a clear edge, not the granted {hint}; a component "
-            f"that all of them share would look like this and stay in the estimate. If there is none: {expected}."
+            f"Inconsistent: the updates have rank {rank} at most, with a clear edge, not the granted {hint}; a component"
+            f" that all of them share would look like this and stay in the estimate. If there is none: {expected}."
         )
     if certificate.lambda_min < WELL_CONDITIONED:
         return "weak", (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from lowra.methods.subspace_intersection.ranges import Core, LowRank, dense_svd
 # Weight of the mean in the least squares, relative to one model: enough to decide what no model determines, too
 # little to touch the rest (its influence is below the rounding of float64 merges wherever lambda_min > 1e-8).
 PROXIMAL = 1e-10
-
-# The same where W is not identified, and directions with smaller eigenvalues than this are put back to the mean.
-OPEN = 1e-6
 
 # Gauss-Newton steps. The linear solution starts within rounding of the optimum, and the first step does nearly all.
 POLISH_STEPS = 2
@@ -187,19 +184,6 @@ def fill_in(core: Core, columns_shared: bool) -> Solution:
     return resolve(core, least_squares(core, None, bases) if columns_shared else least_squares(core, bases, None))
 
 
-def towards_mean(core: Core, solution: Solution) -> Solution:
-    """The estimate with what A does not see put back to the mean, the safest value for what no model determines.
-
-    Z = mu (A + mu)^-1 (mean C_i - X) is the whole distance where A vanishes, and mu / lambda of it elsewhere.
-    """
-    n = len(core.noise)
-    away = core.mean(core.matrices) - solution.x
-    step = conjugate_gradients(
-        solution.tangents, n * OPEN * away.unsqueeze(0), tolerance=1e-6, iterations=200, shift=OPEN
-    )
-    return replace(solution, x=solution.x + step[0])
-
-
 def two_models(first: Tensor, second: Tensor, difference: LowRank) -> Tensor:
     """A guess at left^T (W - mean W') right, (p, p), from two models, which do not determine it.
 
@@ -238,10 +222,8 @@ def polish(core: Core, solution: Solution) -> Solution:
     return solution
 
 
-def conjugate_gradients(
-    tangents: Tangents, target: Tensor, tolerance: float, iterations: int, shift: float = PROXIMAL
-) -> Tensor:
-    """Solve A(Z) + n shift Z = target for each of (p, a, b), to a relative residual.
+def conjugate_gradients(tangents: Tangents, target: Tensor, tolerance: float, iterations: int) -> Tensor:
+    """Solve A(Z) + mu Z = target for each of (p, a, b), to a relative residual.
 
     Preconditioned by (sum w_i P_Ui) x (sum w_i P_Vi) / n, which is A itself were one of the sides the same in all
     models, and carries the small eigenvalues of directions that are nearly shared on one side.
@@ -249,7 +231,7 @@ def conjugate_gradients(
     n = len(tangents.ranks)
     apply = tangents.operator()
     row_values, row_vectors, column_values, column_vectors = tangents.kronecker()
-    scale = row_values[:, None].clamp(min=n * shift) * column_values.clamp(min=n * shift) / n + n * shift
+    scale = row_values[:, None].clamp(min=n * PROXIMAL) * column_values.clamp(min=n * PROXIMAL) / n + n * PROXIMAL
 
     def precondition(r: Tensor) -> Tensor:
         return row_vectors @ (row_vectors.mT @ r @ column_vectors / scale) @ column_vectors.mT
@@ -265,7 +247,7 @@ def conjugate_gradients(
     for _ in range(iterations):
         if bool((dot(r, r) <= limit).all()):
             break
-        image = apply(p) + n * shift * p
+        image = apply(p) + n * PROXIMAL * p
         alpha = rs / dot(p, image).clamp(min=torch.finfo(p.dtype).tiny)
         z = z + alpha * p
         r = r - alpha * image
