@@ -43,6 +43,11 @@ from lowra.paths import results_dir
 
 PLAIN = "Algorithm 2, plain"
 
+READ_ARROW = "lowra, Arrow file"
+READ_ARROW_DATASETS = "datasets with torch format, Arrow file"
+READ_PARQUET = "lowra, parquet file"
+READ_PARQUET_DATASETS = "datasets with torch format, parquet file"
+
 # Entries of the stacks of the steps in one timing of the full-space iterations, about a tenth of a second.
 TIMED_ENTRIES = 20_000_000
 
@@ -212,13 +217,19 @@ def measured(
 
 def recovered(
     section: str, shape: Shape, method: Method, runs: int, data: tuple[Tensor, Tensor], memory: bool = False
-) -> Row:
-    """A whole run of one of our methods on a planted layer."""
+) -> tuple[Row, list[int]]:
+    """A whole run of one of our methods on a planted layer, and the ranks of its steps where it keeps them."""
     weight, stack = data
     what = method.pretty + (", compress" if getattr(method, "compress", False) else "")
     observation = Observation(stack, rank=shape.r if method.needs_rank else None)
     row, recovery = measured(section, what, shape, partial(method.recover, observation), runs, memory)
-    return replace(row, steps=getattr(method, "steps", None), w_error=weight_error(recovery.candidates[0], weight))
+    row = replace(row, steps=getattr(method, "steps", None), w_error=weight_error(recovery.candidates[0], weight))
+    return row, [int(step["rank"]) for step in recovery.history or []]
+
+
+def compressed(steps: int = 300) -> SpectralDeTuning:
+    """Spectral DeTuning in the joint subspace; its history says which ranks the full space would go through."""
+    return SpectralDeTuning(steps=steps, compress=True, keep_history=True)
 
 
 def full_steps(stack: Tensor, rank: int, steps: int) -> None:
@@ -240,7 +251,7 @@ ITERATIONS: dict[str, Callable[[Tensor, int, int], None]] = {
 def extrapolated(
     section: str, what: str, shape: Shape, stack: Tensor, schedules: list[list[int]], memory: bool = False
 ) -> list[Row]:
-    """The rows of runs whose steps have the given ranks, from a few warm steps at each of those ranks, timed thrice."""
+    """The rows of runs whose steps have the given ranks, from a few warm steps at each of those ranks, timed twice."""
     say(f"{what}, single steps", shape)
     iterate = ITERATIONS[what]
     together = max(1, min(20, TIMED_ENTRIES // stack.numel()))  # steps in one timing: small layers need several
@@ -248,23 +259,17 @@ def extrapolated(
     costs: dict[int, Cost] = {}
     for rank in sorted({rank for ranks in schedules for rank in ranks}):
         _, costs[rank] = counted(partial(iterate, stack, rank, 1))
-        seconds[rank] = [total / together for total in timed(partial(iterate, stack, rank, together), 3)]
+        seconds[rank] = [total / together for total in timed(partial(iterate, stack, rank, together), 2)]
     peak = peak_bytes(partial(iterate, stack, shape.r, 1)) if memory else None
     rows = []
     for ranks in schedules:
-        totals = [sum(seconds[rank][i] for rank in ranks) for i in range(3)]
+        totals = [sum(seconds[rank][i] for rank in ranks) for i in range(2)]
         cost = Cost(sum(costs[rank].flop for rank in ranks), sum(costs[rank].byte for rank in ranks))
         row = Row(section, what, **asdict(shape), steps=len(ranks), **summary(totals, cost))
         peak_layers = None if peak is None else peak / (4 * shape.d * shape.k)
-        note = f"extrapolated from {3 * together} steps at each of {len(seconds)} ranks"
+        note = f"extrapolated from {2 * together} steps at each of {len(seconds)} ranks"
         rows.append(replace(row, peak_layers=peak_layers, note=note))
     return rows
-
-
-def scheduled_ranks(stack: Tensor, rank: int, steps: int) -> list[int]:
-    """The rank of every step, as a compressed run on this stack goes through them."""
-    method = SpectralDeTuning(steps=steps, compress=True, keep_history=True)
-    return [int(step["rank"]) for step in method.recover(Observation(stack, rank)).history or []]
 
 
 # ---- Sections -----------------------------------------------------------------------------------------------------
@@ -279,19 +284,18 @@ def recovery(quick: bool, runs: int) -> list[Row]:
     data = planted(small)
     row, estimate = measured("recovery", PLAIN, small, partial(algorithm_2, data[1], small.r, 300), runs, True)
     rows = [replace(row, steps=300, w_error=weight_error(estimate, data[0]))]
-    for method in (SpectralDeTuning(), SpectralDeTuning(compress=True), exact):
-        rows.append(recovered("recovery", small, method, runs, data, memory=True))
+    for method in (SpectralDeTuning(), compressed(), exact):
+        rows.append(recovered("recovery", small, method, runs, data, memory=True)[0])
 
     data = planted(large)
-    schedules = [scheduled_ranks(data[1], large.r, steps) for steps in (300, 1000)]
+    short, short_ranks = recovered("recovery", large, compressed(300), 1, data, memory=True)
+    long, long_ranks = recovered("recovery", large, compressed(1000), 1, data)
     for what in ITERATIONS:
-        rows += extrapolated("recovery", what, large, data[1], schedules, memory=True)
-    for steps in (300, 1000):
-        method = SpectralDeTuning(steps=steps, compress=True)
-        rows.append(recovered("recovery", large, method, 1, data, memory=steps == 300))
-    rows.append(recovered("recovery", large, exact, runs, data, memory=True))
+        rows += extrapolated("recovery", what, large, data[1], [short_ranks, long_ranks], memory=True)
+    rows += [short, long]
+    rows.append(recovered("recovery", large, exact, runs, data, memory=True)[0])
     three = (data[0], data[1][:3])
-    rows.append(recovered("recovery", replace(large, n=3), exact, runs, three, memory=True))
+    rows.append(recovered("recovery", replace(large, n=3), exact, runs, three, memory=True)[0])
     return rows
 
 
@@ -305,36 +309,47 @@ def growth(quick: bool, runs: int) -> list[Row]:
     rows = []
     for shape in shapes:
         data = planted(shape)
-        ranks = scheduled_ranks(data[1], shape.r, 300)
+        row, ranks = recovered("growth", shape, compressed(), runs, data)
         for what in ITERATIONS:
             rows += extrapolated("growth", what, shape, data[1], [ranks])
-        for method in (SpectralDeTuning(compress=True), SubspaceIntersection()):
-            rows.append(recovered("growth", shape, method, runs, data))
+        rows += [row, recovered("growth", shape, SubspaceIntersection(), runs, data)[0]]
     return rows
 
 
 def reading(quick: bool, runs: int) -> list[Row]:
-    """One layer with 15 LoRAs, from disk to tensors, against `datasets` with torch format."""
+    """One layer with 15 LoRAs, from disk to tensors, against `datasets` with torch format.
+
+    Like for like on the memory-mapped Arrow file that `datasets` keeps; and from the parquet file it was published as,
+    which lowra reads directly and `datasets` converts first, in whole.
+    """
     from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
-
     table = SyntheticTable("vit" if quick else "mistral_sft")
     info = table.infos[0]
     shape = Shape(len(table.model_names), info.d, info.k, info.ranks[0])
+    rows = []
+
+    def time_it(what: str, read: Callable[[], Any], times: int) -> None:
+        say(what, shape)
+        rows.append(Row("read", what, **asdict(shape), steps=None, **summary(timed(read, times), Cost())))
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_dataset([table.read(0)], Path(scratch) / "one-layer")
-        stored = open_dataset(folder)
-        row, layer = measured("read", "lowra.bench.schema", shape, partial(stored.read, 0), runs, False)
-        rows = [row]
-        dataset = load_dataset(str(folder), split="train", cache_dir=f"{scratch}/hf").with_format("torch")
-        say("datasets, with_format('torch')", shape)
-        first: dict[str, Any] = {}
-        seconds = timed(lambda: first.update(dataset[0]), 1)
-        assert torch.equal(torch.as_tensor(first["pre_ft_weight"]), layer.weight)
-        rows.append(
-            Row("read", "datasets, with_format('torch')", **asdict(shape), steps=None, **summary(seconds, Cost()))
-        )
+        fresh = (f"{scratch}/cache-{i}" for i in range(runs + 1))
+
+        def convert_and_read() -> Any:
+            dataset = load_dataset(str(folder), split="train", cache_dir=next(fresh))
+            return dataset.with_format("torch")[0]
+
+        time_it(READ_PARQUET, lambda: open_dataset(folder).read(0), runs)
+        time_it(READ_PARQUET_DATASETS, convert_and_read, min(runs, 3))
+        dataset = load_dataset(str(folder), split="train", cache_dir=next(fresh))
+        dataset.save_to_disk(f"{scratch}/arrow")
+        stored, torch_format = open_dataset(Path(scratch) / "arrow"), dataset.with_format("torch")
+        assert torch.equal(torch.as_tensor(torch_format[0]["pre_ft_weight"]), stored.read(0).weight)  # and both warm
+        time_it(READ_ARROW, lambda: stored.read(0), runs)
+        time_it(READ_ARROW_DATASETS, lambda: torch_format[0], min(runs, 3))
     return rows
 
 
@@ -393,12 +408,12 @@ def ratios(rows: list[Row]) -> list[tuple[str, float]]:
                 found.append((f"Spectral DeTuning with compress {against}", plain.seconds / short.seconds))
             if exact:
                 found.append((f"Subspace intersection {against}", plain.seconds / exact.seconds))
-    reads = [row for row in rows if row.section == "read"]
-    if len(reads) == 2:
-        size = f"{reads[0].d} x {reads[0].k}, {reads[0].n} LoRAs of rank {reads[0].r}"
-        found.append(
-            (f"Reading a layer against datasets with torch format, {size}", reads[1].seconds / reads[0].seconds)
-        )
+    reads = {row.what: row for row in rows if row.section == "read"}
+    for ours, theirs in ((READ_ARROW, READ_ARROW_DATASETS), (READ_PARQUET, READ_PARQUET_DATASETS)):
+        if ours in reads:
+            row = reads[ours]
+            what = f"Reading a layer, {ours}, against {theirs}, {row.d} x {row.k}, {row.n} LoRAs of rank {row.r}"
+            found.append((what, reads[theirs].seconds / row.seconds))
     return found
 
 
