@@ -11,7 +11,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from itertools import groupby
 from pathlib import Path
@@ -39,24 +39,25 @@ def agreement(reference: str, text: str) -> list[bool]:
     return agrees
 
 
-def write_texts(artifacts: Path, labels: Sequence[str], out: Path, title: str) -> tuple[Path, Path]:
+def write_texts(artifacts: Path, labels: Sequence[str] | Mapping[str, str], out: Path, title: str) -> tuple[Path, Path]:
     """Write `out/texts.md` and `out/texts.html`: for each prompt, a row per label with its text.
 
     artifacts: folder with `<label>.json` files, lists of {"prompt", "text"} over the same prompts. labels: the first is
-    the reference the others are compared with. Returns the two paths.
+    the reference the others are compared with; a mapping gives each its heading. Returns the two paths.
     Raises LowraError when a label's file is missing or is about other prompts.
     """
     if not labels:
         raise LowraError("No texts to show: give at least the reference's label.")
-    columns = {label: _read(artifacts, label) for label in labels}
-    reference = columns[labels[0]]
+    names = dict(labels) if isinstance(labels, Mapping) else {label: label.replace("_", " ") for label in labels}
+    columns = {label: _read(artifacts, label) for label in names}
+    first, reference = next(iter(columns.items()))
     prompts = [prompt for prompt, _ in reference]
     for label, column in columns.items():
         if [prompt for prompt, _ in column] != prompts:
-            raise LowraError(f"The texts of {label!r} in {artifacts} answer other prompts than those of {labels[0]!r}.")
-    markdown = [f"# {title}", "", f"**Bold** words agree with the text of *{_name(labels[0])}*.", ""]
+            raise LowraError(f"The texts of {label!r} in {artifacts} answer other prompts than those of {first!r}.")
+    markdown = [f"# {title}", "", f"**Bold** words agree with the text of *{names[first]}*.", ""]
     page = [f"<h1>{html.escape(title)}</h1>"]
-    page.append(f'<p><span class="same">Green</span> words agree with the text of {html.escape(_name(labels[0]))}, ')
+    page.append(f'<p><span class="same">Green</span> words agree with the text of {html.escape(names[first])}, ')
     page.append('<span class="other">red</span> ones do not.</p>')
     for i, (prompt, expected) in enumerate(reference):
         markdown += [f"## {i + 1}. {_escape(prompt)}", "", "| model | text |", "|---|---|"]
@@ -64,8 +65,8 @@ def write_texts(artifacts: Path, labels: Sequence[str], out: Path, title: str) -
         for label, column in columns.items():
             text = column[i][1]
             agrees = agreement(expected, text)
-            markdown.append(f"| {_name(label)} | {_markdown(text, agrees)} |")
-            page.append(f"<tr><th>{html.escape(_name(label))}</th><td>{_html(text, agrees)}</td></tr>")
+            markdown.append(f"| {names[label]} | {_markdown(text, agrees)} |")
+            page.append(f"<tr><th>{html.escape(names[label])}</th><td>{_html(text, agrees)}</td></tr>")
         markdown.append("")
         page.append("</table>")
     document = (
@@ -89,10 +90,6 @@ def _write(path: Path, text: str) -> Path:
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
     return path
-
-
-def _name(label: str) -> str:
-    return label.replace("_", " ")
 
 
 def _escape(text: str) -> str:

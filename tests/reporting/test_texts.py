@@ -40,6 +40,15 @@ def test_words_are_marked_in_both_formats_and_markup_is_escaped(tmp_path):
     assert not re.search(r"https?://|<script|<link", source)
 
 
+def test_a_mapping_of_labels_gives_headings(tmp_path):
+    keep(tmp_path, "reference", ["a", "b"])
+    keep(tmp_path, "L12/mean_lora", ["a", "c"])
+    headings = {"reference": "Pre-FT model", "L12/mean_lora": "Mean LoRA"}
+    markdown, _ = write_texts(tmp_path, headings, tmp_path, "t")
+    assert "| Pre-FT model | **b** |\n| Mean LoRA | c |" in markdown.read_text()
+    assert "agree with the text of *Pre-FT model*" in markdown.read_text()
+
+
 def test_texts_that_are_not_there_or_answer_other_prompts(tmp_path):
     keep(tmp_path, "reference", ["a", "b"])
     keep(tmp_path, "other", ["a", "b"], prompts=("Who?", "When?"))
