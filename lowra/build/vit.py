@@ -143,9 +143,10 @@ class VitBuilder:
             else:
                 base = component_folder(str(self.base))
             adapters, report["tasks"] = {}, {}
-            with tqdm(self.tasks, desc="fine-tuning", unit="task", dynamic_ncols=True) as tasks:
+            # The delay keeps quiet about tasks that are all there from an earlier build.
+            with tqdm(self.tasks, desc="fine-tuning", unit="task", delay=1, dynamic_ncols=True) as tasks:
                 for task in tasks:
-                    tasks.set_postfix_str(task)
+                    tasks.set_postfix_str(task, refresh=False)
                     adapters[task] = folder / "loras" / f"{list(TASKS).index(task):02}_{task}"
                     report["tasks"][task] = self._build_lora(base, folder, task, adapters[task])
         public_name = self.base or "lowra/vit-miniature"
