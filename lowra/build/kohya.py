@@ -69,10 +69,10 @@ class Factors:
 
 
 def modules_of(unet_config: Mapping[str, Any], text_config: Mapping[str, Any]) -> list[Module]:
-    """The modules that LoRAs of a Stable Diffusion pipeline adapt: 264 for SD 1.5 (Table 1), without loading weights.
+    """The modules that LoRAs of a Stable Diffusion pipeline adapt, 264 for SD 1.5 (Table 1); no weights are loaded.
 
-    Linear layers and 1x1 convolutions of the UNet's attention blocks (192: q, k, v, out, proj_in, proj_out and ff, twelve
-    per block), then the text encoder's linear layers (72, six per layer).
+    Linear layers and 1x1 convolutions of the UNet's attention blocks (192: q, k, v, out, proj_in, proj_out and ff,
+    twelve per block), then the text encoder's linear layers (72, six per layer).
     """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -129,7 +129,7 @@ _OTHER_METHODS = {
     "norm": "a normalisation layer (LyCORIS)",
     "emb": "a textual-inversion embedding",
 }
-_SDXL = re.compile(r"lora_te2_|text_encoder_2|(input|output)_blocks|middle_block|transformer_blocks[._][1-9]|add_embedding")
+_SDXL = re.compile(r"lora_te2_|text_encoder_2|(input|output)_blocks|middle_block|transformer_blocks[._][1-9]")
 
 
 def _spellings(module: Module) -> Iterable[str]:
@@ -255,7 +255,7 @@ class LoraFile:
             config = self.path.with_name("adapter_config.json")
             if not config.exists():
                 raise LowraError(
-                    f"{self.path} is a PEFT adapter, whose alpha stands in adapter_config.json; put that file beside it."
+                    f"{self.path} is a PEFT adapter, whose alpha is in adapter_config.json; put that file beside it."
                 )
             settings = dict.fromkeys(settings, json.loads(config.read_text()))
         if any(setting.get("use_dora") for setting in settings.values()):

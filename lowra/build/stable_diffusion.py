@@ -41,7 +41,8 @@ def collect(base: str, adapters: Sequence[Adapter], folder: Path, *, allow_missi
     Raises LowraError for a file that does not fit (see `LoraFile`) or, unless allowed, lacks modules.
     """
     modules, files = open_files(base, adapters, allow_missing=allow_missing)
-    kept = [module for module in modules if all(m in f.modules and m not in f.untrained for f in files for m in [module])]
+    trained = [set(file.modules) - set(file.untrained) for file in files]
+    kept = [module for module in modules if all(module in mine for mine in trained)]
     if not kept:
         raise LowraError("No layer is adapted by every LoRA file; take files that adapt the same layers.")
     found: dict[str, dict[str, set[float]]] = {a.name: {"rank": set(), "alpha": set()} for a in adapters}

@@ -19,8 +19,6 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "green": (0.10, 0.60, 0.20),
     "blue": (0.15, 0.25, 0.85),
     "yellow": (0.95, 0.85, 0.15),
-    "purple": (0.55, 0.15, 0.70),
-    "orange": (0.95, 0.50, 0.10),
     "white": (0.95, 0.95, 0.95),
     "black": (0.08, 0.08, 0.08),
 }
@@ -43,17 +41,12 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
     return torch.maximum(thin - 0.35, long - 1)
 
 
-def _diamond(x: Tensor, y: Tensor) -> Tensor:
-    return x.abs() * 1.5 + y.abs() - 1.1
-
-
 # Signed distance, roughly, from the edge of a shape of radius 1 at the origin: negative inside.
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
     "cross": _cross,
-    "diamond": _diamond,
 }
 
 
@@ -68,9 +61,7 @@ class Scene:
     @property
     def caption(self) -> str:
         """The prompt that asks for this scene."""
-        article = "an" if self.colour[0] in "aeiou" else "a"
-        ground = "an" if self.background[0] in "aeiou" else "a"
-        return f"{article} {self.colour} {self.shape} on {ground} {self.background} background"
+        return f"a {self.colour} {self.shape} on a {self.background} background"
 
 
 def all_scenes() -> list[Scene]:

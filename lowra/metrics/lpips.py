@@ -16,6 +16,7 @@ What the paper leaves open, and deviations:
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,8 +121,8 @@ class Lpips:
                 torch.hub.download_url_to_file(self.captions, str(path))
             except (URLError, OSError) as error:
                 raise LowraError(
-                    f"Cannot download the prompts from {self.captions} ({error}); give metrics.lpips.captions=FILE with "
-                    "a local captions_val2014.json."
+                    f"Cannot download the prompts from {self.captions} ({error}); give metrics.lpips.captions=FILE "
+                    "with a local captions_val2014.json."
                 ) from None
         return path
 
@@ -129,7 +130,8 @@ class Lpips:
 def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise LowraError(
-            f"The prompts file {path} does not exist; give metrics.lpips.captions=FILE with COCO's captions_val2014.json."
+            f"The prompts file {path} does not exist; give metrics.lpips.captions=FILE with COCO's "
+            "captions_val2014.json."
         )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -148,7 +150,7 @@ _WEIGHTS = {
 
 
 def load_trunk(net: str, path: str | None) -> dict[str, Tensor]:
-    """torchvision's state dict of a trunk network, from a file or from torch.hub's cache (downloading once).
+    """State dict of torchvision's trunk network, from a file or from torch.hub's cache (downloading once).
 
     Raises LowraError saying how to get it when there is none.
     """
@@ -172,7 +174,8 @@ class Judge:
 
     def __init__(self, net: str, trunk: str, trunk_path: str | None, device: torch.device) -> None:
         # Random weights of a fixed seed, without touching anybody's random numbers.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the package calls torchvision in its old way
             torch.manual_seed(_TRUNK_SEED)
             model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         if trunk == "imagenet":
@@ -283,16 +286,18 @@ class LpipsScorer:
         states = {component: with_weights(self.states[component], parts[component]) for component in parts}
         self.pipeline.unet.load_state_dict(states["unet"])
         # transformers renames checkpoint keys on load (`text_model.` is gone), so the library does it.
-        text_encoder, info = CLIPTextModel.from_pretrained(
+        # The pair is not in the library's annotations.
+        loaded: Any = CLIPTextModel.from_pretrained(
             None,
             config=self.pipeline.text_encoder.config,
             state_dict=states["text_encoder"],
             output_loading_info=True,
         )
+        text_encoder, info = loaded
         if info["missing_keys"] or info["mismatched_keys"]:
             raise LowraError(
-                f"The base's text encoder checkpoint lacks {', '.join(sorted(info['missing_keys']))}; it does not fit its "
-                "configuration."
+                f"The base's text encoder checkpoint lacks {', '.join(sorted(info['missing_keys']))}; it does not fit "
+                "its configuration."
             )
         self.pipeline.text_encoder = text_encoder.to(self.device)
 

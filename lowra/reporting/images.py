@@ -53,7 +53,8 @@ def write_grid(
         for i in range(rows):
             with Image.open(pictures[i]) as picture:
                 # Small pictures of a miniature keep their pixels; large ones are scaled smoothly.
-                axes[i, j].imshow(picture.convert("RGB"), interpolation="nearest" if picture.width < 128 else "antialiased")
+                scaling = "nearest" if picture.width < 128 else "antialiased"
+                axes[i, j].imshow(picture.convert("RGB"), interpolation=scaling)
             axes[i, j].set(xticks=[], yticks=[])
             axes[i, j].spines[:].set_visible(False)
         axes[0, j].set_title((headings or labels)[j], fontsize=9)
