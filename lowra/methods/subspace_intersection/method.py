@@ -401,8 +401,8 @@ def verdict(certificate: Certificate, hint: int | None, rank: int) -> tuple[str,
         ]
         if len(shared) == 1:
             return "not_identifiable", (
-                f"Not identifiable: all updates share {shared[0]}, in which any part of them may belong to W. The other "
-                "directions are recovered."
+                f"Not identifiable: all updates share {shared[0]}, in which any part of them may belong to W. The "
+                "other directions are recovered."
             )
         reason = (
             f"all updates share {' and '.join(shared)}"
@@ -414,8 +414,8 @@ def verdict(certificate: Certificate, hint: int | None, rank: int) -> tuple[str,
     expected = f"expected W-Error {certificate.predicted:.2f} before rounding to a grid"
     if hint is not None and rank < hint and certificate.edge > CLEAR_EDGE:
         return "inconsistent", (
-            f"Inconsistent: the updates have rank {rank} at most, with a clear edge, not the granted {hint}; a component"
-            f" that all of them share would look like this and stay in the estimate. If there is none: {expected}."
+            f"Inconsistent: the updates have rank {rank} at most, with a clear edge, not the granted {hint}; a "
+            f"component that all of them share would look like this and stay in the estimate. If there is none: {expected}."
         )
     if certificate.lambda_min < WELL_CONDITIONED:
         return "weak", (
