@@ -173,6 +173,7 @@ class _Stage:
             "gradient_accumulation_steps": self.accumulation,
             "max_length": self.max_length,
             "optim": self.optimizer,
+            "use_cpu": not torch.cuda.is_available(),
             "bf16": self.dtype == "bfloat16",
             "fp16": self.dtype == "float16",
             "gradient_checkpointing": self.gradient_checkpointing,

@@ -9,6 +9,7 @@ from datasets import Dataset
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowra.bench.schema import open_dataset
@@ -287,7 +288,7 @@ def test_rejected_answers_of_the_miniature_have_the_words_of_the_chosen_ones():
 
 
 def test_full_size_recipe_on_rows_in_the_public_formats(base, tmp_path):
-    small = {"n_models": 1, "rank": 2, "alpha": 2, "epochs": 2, "eval_rows": 0, "dtype": "float32"}
+    small = {"n_models": 1, "rank": 2, "alpha": 2, "epochs": 2, "eval_rows": 0}
     small |= {"batch": 2, "accumulation": 2, "max_length": 64, "gradient_checkpointing": True, "learning_rate": 0.01}
     first = dataclasses.replace(recipe("mistral_sft_build"), **small, base=base, data=ultrachat(tmp_path / "chat"))
     data = ultrafeedback(tmp_path / "feedback")
@@ -302,9 +303,19 @@ def test_full_size_recipe_on_rows_in_the_public_formats(base, tmp_path):
     assert result.dataset.parent.name == f"mistral_dpo-build-{recipe_key(whole)}"
     assert whole.build(result.dataset.parent) == result
     assert (result.base, result.evaluation) == (base, None)
-    assert open_dataset(result.dataset).infos[0].name == "model.layers.0.self_attn.k_proj.weight"
+    layer = open_dataset(result.dataset).read(0)
+    assert layer.name == "model.layers.0.self_attn.k_proj.weight"
+    assert torch.equal(layer.weight, layer.weight.bfloat16().float())
+    assert not torch.equal(layer.loras[0].B, layer.loras[0].B.bfloat16().float())  # adapters train in float32
     stage_before = tmp_path / f"mistral_sft-build-{recipe_key(whole.sft)}" / "adapters"
     assert sorted(path.name for path in stage_before.iterdir()) == ["00", "01"]
+
+
+def test_a_model_does_not_depend_on_what_was_built_before_it(base, built, tmp_path):
+    torch.manual_seed(5)
+    (adapter,) = sft(base=base, models=[1]).adapters(tmp_path / "x")
+    alone, among = (load_file(path / "adapter_model.safetensors") for path in (adapter, adapters_of(built)[1]))
+    assert all(torch.equal(alone[name], among[name]) for name in among)
 
 
 def test_a_killed_build_resumes_from_its_checkpoint(base, tmp_path, monkeypatch):
