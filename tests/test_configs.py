@@ -34,10 +34,10 @@ def test_every_subset_at_every_source_composes(subset: str, source: str, configu
 
 @pytest.mark.parametrize("experiment", names("experiment"))
 def test_every_experiment_composes_and_says_its_command(experiment: str, configure: Callable[..., DictConfig]) -> None:
-    cfg = configure(f"+experiment={experiment}")
+    cfg = configure(f"experiment={experiment}")
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     first = (conf_dir() / "experiment" / f"{experiment}.yaml").read_text().splitlines()[:3]
-    assert any(f"python -m lowra.run +experiment={experiment}" in line for line in first)
+    assert any(f"python -m lowra.run experiment={experiment}" in line for line in first)
 
 
 @pytest.mark.parametrize("method", names("methods"))

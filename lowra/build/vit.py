@@ -15,6 +15,7 @@ Deviations from the paper, or readings of what it leaves open:
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import shutil
 import sys
@@ -58,6 +59,8 @@ class VitBuilder:
     normalisation: "base" for the mean and standard deviation of the base's processor, "imagenet" for ImageNet's.
     resample: PIL's filter of the resize, "bilinear" or "bicubic".
     precision: "float32", or mixed "bfloat16", "float16". warmup: share of the steps.
+    shared_a: train only B, on one random A that is frozen and the same in all tasks: a defence against recovery, since
+        all updates then share their row space.
     seed: of everything; each task adds its own number, so that no two LoRAs start from the same A.
     """
 
@@ -80,6 +83,7 @@ class VitBuilder:
     precision: str
     normalisation: str
     resample: str
+    shared_a: bool
     seed: int
     use_cpu: bool
     dataset_dtype: str
@@ -218,6 +222,8 @@ class VitBuilder:
             bias="none",
         )
         peft_model = get_peft_model(model, lora)
+        if self.shared_a:
+            freeze_shared_a(peft_model, self.seed)
         trainer = self._trainer(
             peft_model,
             folder / "trainer",
@@ -332,6 +338,15 @@ def read_list(folder: Path, name: str) -> tuple[list[Path], list[int]]:
     if not paths:
         raise LowraError(f"{folder / name} lists no images; expected lines like images/000000.png 3.")
     return paths, labels
+
+
+def freeze_shared_a(model: torch.nn.Module, seed: int) -> None:
+    """Give every LoRA A the values `seed` draws for it, in PEFT's own distribution, and freeze them."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            torch.nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+            parameter.requires_grad_(False)
 
 
 def check_tasks(data: Path, tasks: list[str]) -> None:

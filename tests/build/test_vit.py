@@ -89,6 +89,15 @@ def test_miniature_end_to_end(built):
     assert all(ratio > 0 for ratio in result.report["update_to_weight_norm"].values())
 
 
+def test_a_shared_frozen_a_is_the_same_in_all_tasks(tmp_path):
+    table = open_dataset(miniature(shared_a=True).build(tmp_path / "vit").dataset)
+    for i in range(len(table)):
+        first, second = table.read(i).loras
+        assert torch.equal(first.A, second.A)
+        assert not torch.allclose(first.B, second.B, atol=1e-4)
+    assert not torch.equal(table.read(0).loras[0].A, table.read(1).loras[0].A)
+
+
 def test_second_build_makes_nothing(built):
     folder, result = built
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
