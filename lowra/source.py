@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lowra.bench.schema import LayerTable, open_dataset, open_hub
 from lowra.build.base import Builder, recipe_key
@@ -37,6 +37,12 @@ def make_builder(cfg: DictConfig) -> Builder:
         raise LowraError(
             f"Subset {cfg.subset.name!r} cannot be made by source={cfg.source.name}; use source=published with "
             "source.path=FOLDER, or another subset (mistral_dpo, mistral_sft, stable_diffusion, vit)."
+        )
+    missing = sorted(OmegaConf.missing_keys(cfg.builder))
+    if missing:
+        raise LowraError(
+            f"source={cfg.source.name} subset={cfg.subset.name} needs builder.{missing[0]}=...; "
+            f"conf/builder/{cfg.subset.name}_{cfg.source.name}.yaml says what it is."
         )
     return instantiate(cfg.builder, _convert_="object")
 
