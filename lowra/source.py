@@ -41,7 +41,7 @@ def make_builder(cfg: DictConfig) -> Builder:
     missing = sorted(OmegaConf.missing_keys(cfg.builder))
     if missing:
         raise LowraError(
-            f"source={cfg.source.name} subset={cfg.subset.name} needs builder.{missing[0]}=...; "
+            f"source={cfg.source.name} subset={cfg.subset.name} needs {missing[0]}=...; "
             f"conf/builder/{cfg.subset.name}_{cfg.source.name}.yaml says what it is."
         )
     return instantiate(cfg.builder, _convert_="object")
