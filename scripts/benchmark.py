@@ -130,8 +130,11 @@ def timed(work: Callable[[], Any], runs: int) -> list[float]:
     return seconds
 
 
-def peak_bytes(work: Callable[[], Any]) -> int | None:
-    """Most resident memory during one run beyond what was resident before it; None where the system cannot tell."""
+def with_peak(work: Callable[[], Any]) -> tuple[Any, int | None]:
+    """Run once; returns the result and the most resident memory beyond what was resident before.
+
+    The memory is None where the system cannot tell (neither Linux nor glibc).
+    """
 
     def status(key: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -141,10 +144,10 @@ def peak_bytes(work: Callable[[], Any]) -> int | None:
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide what the run takes
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak, man 5 proc
         before = status("VmRSS")
-        work()
-        return max(status("VmHWM") - before, 0)
-    except (OSError, AttributeError):  # neither Linux nor glibc
-        return None
+    except (OSError, AttributeError):
+        return work(), None
+    result = work()
+    return result, max(status("VmHWM") - before, 0)
 
 
 # ---- The plain restatement ----------------------------------------------------------------------------------------
@@ -207,11 +210,20 @@ def summary(seconds: list[float], cost: Cost) -> dict[str, Any]:
 def measured(
     section: str, what: str, shape: Shape, work: Callable[[], Any], runs: int, memory: bool
 ) -> tuple[Row, Any]:
-    """Warm up under the counters, time, and look at memory. Returns the row and the warm-up's result."""
+    """Warm up under the counters, time, and look at memory. Returns the row and one result.
+
+    A single run is for what takes long: it is timed and watched at once, after no warm-up and without counts.
+    """
     say(what, shape)
-    result, cost = counted(work)
-    row = Row(section, what, **asdict(shape), steps=None, **summary(timed(work, runs), cost))
-    peak = peak_bytes(work) if memory else None
+    if runs == 1:
+        results: list[Any] = []
+        seconds, peak = with_peak(lambda: timed(lambda: results.append(work()), 1))
+        row = Row(section, what, **asdict(shape), steps=None, **summary(seconds, Cost()))
+        result = results[0]
+    else:
+        result, cost = counted(work)
+        row = Row(section, what, **asdict(shape), steps=None, **summary(timed(work, runs), cost))
+        peak = with_peak(work)[1] if memory else None
     return replace(row, peak_layers=None if peak is None else peak / (4 * shape.d * shape.k)), result
 
 
@@ -260,7 +272,7 @@ def extrapolated(
     for rank in sorted({rank for ranks in schedules for rank in ranks}):
         _, costs[rank] = counted(partial(iterate, stack, rank, 1))
         seconds[rank] = [total / together for total in timed(partial(iterate, stack, rank, together), 2)]
-    peak = peak_bytes(partial(iterate, stack, shape.r, 1)) if memory else None
+    peak = with_peak(partial(iterate, stack, shape.r, 1))[1] if memory else None
     rows = []
     for ranks in schedules:
         totals = [sum(seconds[rank][i] for rank in ranks) for i in range(2)]
@@ -288,7 +300,7 @@ def recovery(quick: bool, runs: int) -> list[Row]:
         rows.append(recovered("recovery", small, method, runs, data, memory=True)[0])
 
     data = planted(large)
-    short, short_ranks = recovered("recovery", large, compressed(300), 1, data, memory=True)
+    short, short_ranks = recovered("recovery", large, compressed(300), 1, data)
     long, long_ranks = recovered("recovery", large, compressed(1000), 1, data)
     for what in ITERATIONS:
         rows += extrapolated("recovery", what, large, data[1], [short_ranks, long_ranks], memory=True)
@@ -507,12 +519,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes, under a minute")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run (all)")
-    parser.add_argument("--runs", type=int, default=5, help="warm runs a number is the median of (5)")
+    parser.add_argument("--runs", type=int, default=5, help="warm runs a number is the median of, 2 or more (5)")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (as many as it takes by itself)")
     parser.add_argument("--out", type=Path, default=results_dir() / "benchmark", help="folder for the results")
     options = parser.parse_args()
-    if options.runs < 1:
-        parser.error(f"--runs must be at least 1; got {options.runs}")
+    if options.runs < 2:
+        parser.error(f"--runs must be at least 2; got {options.runs}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
