@@ -481,7 +481,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
     grown = [row for row in rows if row.section == "growth"]
     middle = {key: statistics.mode(getattr(row, key) for row in grown) for key in ("n", "d", "r")}
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), sharey=True, layout="constrained")
     for axis, key in zip(axes, ("d", "n", "r"), strict=True):
         others = [other for other in middle if other != key]
         for what in dict.fromkeys(row.what for row in grown):
@@ -499,7 +499,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.set_title(", ".join(f"{o} = {middle[o]}" for o in others), fontsize=10)
     axes[0].set_ylabel("seconds a layer")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle("Cost of one layer (iterative methods: 300 steps; full space extrapolated from single steps)")
     figure.savefig(path, dpi=150)
     plt.close(figure)
