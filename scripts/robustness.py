@@ -241,7 +241,8 @@ def summarise(cases: pd.DataFrame) -> tuple[str, pd.DataFrame]:
             regressions.append(f"{name}, n = {n}, rank {told[rank_told]} ({error:.2f}, prototype {prototype:.2f})")
         predicted = f"{rows.predicted_w_error.median():.2f}" if identified else ""
         lines.append(
-            f"| {name} | {n} | {told[rank_told]} | {floor:.2f} | {mean:.2f} | {error:.2f} | {rows.w_error.max():.2f} | {predicted} | {prototype:.2f} "
+            f"| {name} | {n} | {told[rank_told]} | {floor:.2f} | {mean:.2f} | {error:.2f} "
+            f"| {rows.w_error.max():.2f} | {predicted} | {prototype:.2f} "
             f"| {', '.join(sorted(set(rows.certificate)))} |"
         )
     lines += [

@@ -261,22 +261,22 @@ ADVERSARIAL: dict[str, tuple[Layer, set[str]]] = {
         Layer((96, 96), [8] * 3, decay=1.0, shared_rows={0: 8, 1: 8}),
         {"not_identifiable"},
     ),
-    "frozen A for two of four": (Layer((96, 96), [8] * 4, decay=1.0, shared_rows={0: 8, 1: 8}), {"certified", "weak"}),
+    "frozen A for two of four": (Layer((96, 96), [8] * 4, decay=1.0, shared_rows={0: 8, 1: 8}), {"shared"}),
     "frozen A for three of five": (
         Layer((96, 96), [8] * 5, decay=1.0, shared_rows={0: 8, 1: 8, 2: 8}),
-        {"certified", "weak"},
+        {"shared"},
     ),
     "three columns shared by two of three": (
         Layer((96, 96), [8] * 3, shared_columns={0: 3, 2: 3}),
-        {"certified", "weak", "not_identifiable"},
+        {"shared", "not_identifiable"},
     ),
     "three columns shared by two of five": (
         Layer((96, 96), [8] * 5, shared_columns={1: 3, 3: 3}),
-        {"certified", "weak"},
+        {"shared"},
     ),
     "columns by some, rows by others": (
         Layer((96, 96), [8] * 4, shared_columns={0: 2, 1: 2}, shared_rows={2: 3, 3: 3}),
-        {"certified", "weak", "not_identifiable"},
+        {"shared", "not_identifiable"},
     ),
     "columns by some, rows by all": (
         Layer((96, 96), [8] * 4, shared_columns={0: 2, 1: 2}, shared_rows=dict.fromkeys(range(4), 2)),
@@ -301,7 +301,8 @@ def test_never_a_wrong_certificate(name: str, told: bool) -> None:
     )
     certificate = recovery.stats["certificate"]
     assert certificate in allowed, recovery.status
-    if certificate in ("certified", "weak"):
+    if certificate in ("certified", "weak", "shared"):
+        # "shared" claims less, but these cases have no second solution.
         assert layer.error(recovery) < recovery.stats["predicted_w_error"] + 1
     else:
         assert recovery.stats["predicted_w_error"] is None
@@ -309,21 +310,24 @@ def test_never_a_wrong_certificate(name: str, told: bool) -> None:
         assert layer.error(recovery) < layer.mean_error() + 0.1
 
 
-@pytest.mark.parametrize("seed", range(8))
+# The last three have a second solution as simple as the truth, or simpler.
+@pytest.mark.parametrize("seed", [*range(12), 1149, 1231, 1355])
 def test_never_a_wrong_certificate_on_random_sharing(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def pick(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (1,), generator=generator))
 
-    n, rank = pick(3, 7), pick(2, 8)
+    n, mixed, rank = pick(3, 8), pick(0, 2) == 0, pick(1, 8)
+    ranks = [pick(1, 8) if mixed else rank for _ in range(n)]
     layer = Layer(
-        (pick(24, 72), pick(24, 72)),
-        [rank] * n,
-        decay=10.0 ** -pick(0, 5),
-        shared_columns={i: pick(0, rank) for i in range(n) if pick(0, 1)},
-        shared_rows={i: pick(0, rank) for i in range(n) if pick(0, 1)},
+        (pick(20, 72), pick(20, 72)),
+        ranks,
+        decay=10.0 ** -pick(0, 7),
+        shared_columns={i: pick(0, ranks[i]) for i in range(n) if pick(0, 1)},
+        shared_rows={i: pick(0, ranks[i]) for i in range(n) if pick(0, 1)},
         seed=seed,
+        norms=[10.0 ** -pick(0, 2) for _ in range(n)] if pick(0, 1) else None,
     )
     recovery = recover(layer, snap="none", refine="none")
     if recovery.stats["certificate"] in ("certified", "weak"):

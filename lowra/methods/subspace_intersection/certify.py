@@ -11,11 +11,15 @@ from torch import Tensor
 from lowra.methods.subspace_intersection.ranges import Core
 from lowra.methods.subspace_intersection.solve import Solution, Tangents, conjugate_gradients
 
-# Below this smallest eigenvalue of A the data do not determine W: rounding alone makes up such a value.
-IDENTIFIABLE = 1e-8
+# Below this smallest eigenvalue of A the data do not determine W: rounding may make up such a value, and the
+# prediction, which is of first order, no longer holds.
+IDENTIFIABLE = 1e-6
 
 # Below this one the estimate holds, but its error is much above the rounding of the merges.
 WELL_CONDITIONED = 1e-3
+
+# Two directions are taken for the same when their cosine is this close to 1.
+SAME = 1e-5
 
 # Cores of at most this many entries get their operator's spectrum in full.
 DENSE_ENTRIES = 600
@@ -35,6 +39,9 @@ class Certificate:
     mean_error: log10 of the mean squared error expected of the plain mean, if the updates are independent.
     edge: smallest singular value of the updates, over the level below which it would have counted as noise.
     shared_columns, shared_rows: dimensions of the column (row) space that all updates share.
+    ambiguous: some updates share a direction exactly, so that another W may explain the merges by equal ranks. For
+        example u v^T moves from the updates into W at no cost if u is in the column spaces of some and v in the row
+        spaces of the others; no eigenvalue shows that, since the second W is far from the first.
     """
 
     lambda_min: float
@@ -44,6 +51,7 @@ class Certificate:
     edge: float
     shared_columns: int
     shared_rows: int
+    ambiguous: bool
 
 
 def certify(core: Core, solution: Solution) -> Certificate:
@@ -78,7 +86,16 @@ def certify(core: Core, solution: Solution) -> Certificate:
         solution.edge,
         shared_columns,
         shared_rows,
+        any_shared(tangents.left) or any_shared(tangents.right),
     )
+
+
+def any_shared(bases: Tensor) -> bool:
+    """Whether any two of the spaces (n, m, r) have a direction in common."""
+    n = bases.shape[0]
+    first, second = torch.triu_indices(n, n, offset=1, device=bases.device)
+    cosines = torch.linalg.svdvals(bases[first].mT @ bases[second])
+    return bool((cosines > 1 - SAME).any())
 
 
 def trace_and_smallest(tangents: Tangents, a: int, b: int) -> tuple[float, float]:

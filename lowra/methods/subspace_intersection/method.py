@@ -30,7 +30,7 @@ from lowra.errors import LowraError, unknown
 from lowra.methods.base import Observation, Recovery, Stat, check_observation
 from lowra.methods.spectral_detuning import SpectralDeTuning
 from lowra.methods.subspace_intersection import grid as grids
-from lowra.methods.subspace_intersection.certify import WELL_CONDITIONED, Certificate, certify
+from lowra.methods.subspace_intersection.certify import IDENTIFIABLE, WELL_CONDITIONED, Certificate, certify
 from lowra.methods.subspace_intersection.noise import Noise, joined, rounding_noise, sampled_rows, stored_as
 from lowra.methods.subspace_intersection.ranges import (
     MARGIN,
@@ -44,7 +44,7 @@ from lowra.methods.subspace_intersection.ranges import (
 )
 from lowra.methods.subspace_intersection.refine import weighted_refinement
 from lowra.methods.subspace_intersection.screen import distinct_models, same_base
-from lowra.methods.subspace_intersection.solve import fill_in, lift, polish, solve, two_models
+from lowra.methods.subspace_intersection.solve import lift, polish, solve, two_models, without_shared
 
 # Layers of at least this many entries run their passes in float32 where the updates are small enough (see below).
 LARGE = 2**19
@@ -245,7 +245,7 @@ def refinable_ranks(answer: Answer, hint: int | None, *, half: bool, coarse: boo
     """
     if answer.certificate == "low_signal":
         return answer.ranks if hint is not None and coarse else ()
-    if answer.certificate not in ("certified", "weak"):
+    if answer.certificate not in ("certified", "weak", "shared"):
         return ()
     if half and hint is not None and answer.edge < CLEAR_EDGE:
         return tuple(max(rank, hint) for rank in answer.ranks)
@@ -372,19 +372,24 @@ def from_three(problem: Problem, parts: list[LowRank]) -> Answer:
     certificate = certify(core, solution)
     if certificate.predicted is not None and certificate.predicted > certificate.mean_error:
         return spectral(problem, max(solution.tangents.ranks))
-    code, sentence = verdict(certificate, problem.hint, max(solution.tangents.ranks))
+    determined = certificate.predicted is not None
+    ranks = solution.tangents.ranks
+    if certificate.shared_columns or certificate.shared_rows:
+        core = without_shared(core, solution.tangents, IDENTIFIABLE)
+        if core.matrices.numel():
+            solution = polish(core, solve(core, None))
+            rest = certify(core, solution)
+            determined = rest.lambda_min > WELL_CONDITIONED and not rest.ambiguous
     estimate = problem.mean()
-    one_sided = bool(certificate.shared_columns) != bool(certificate.shared_rows)
-    if certificate.predicted is None and one_sided:
-        solution = replace(solution, x=fill_in(core, columns_shared=certificate.shared_columns > 0).x)
-    if certificate.predicted is not None or one_sided:
+    if determined:
         left, right = lift(core, solution)
         estimate = replace(estimate, left=left.to(problem.dtype), right=right.to(problem.dtype))
+    code, sentence = verdict(certificate, problem.hint, max(ranks), rest=determined)
     return Answer(
         estimate,
         code,
         sentence,
-        solution.tangents.ranks,
+        ranks,
         certificate.predicted,
         certificate.lambda_min,
         certificate.discrepancy,
@@ -392,30 +397,30 @@ def from_three(problem: Problem, parts: list[LowRank]) -> Answer:
     )
 
 
-def verdict(certificate: Certificate, hint: int | None, rank: int) -> tuple[str, str]:
-    """Short code and sentence for what the certificate says."""
+def verdict(certificate: Certificate, hint: int | None, rank: int, *, rest: bool) -> tuple[str, str]:
+    """Short code and sentence for what the certificate says. rest: all but the shared directions is determined."""
     if certificate.predicted is None:
-        columns, rows = certificate.shared_columns, certificate.shared_rows
-        shared = [
-            f"{size} {side} direction{'s' * (size > 1)}" for size, side in ((columns, "column"), (rows, "row")) if size
-        ]
-        if len(shared) == 1:
-            return "not_identifiable", (
-                f"Not identifiable: all updates share {shared[0]}, in which any part of them may belong to W. The "
-                "other directions are recovered."
-            )
+        sides = ((certificate.shared_columns, "column"), (certificate.shared_rows, "row"))
+        shared = " and ".join(f"{size} {side} direction{'s' * (size > 1)}" for size, side in sides if size)
         reason = (
-            f"all updates share {' and '.join(shared)}"
+            f"all updates share {shared}, in which any part of them may belong to W"
             if shared
             else "several weights explain the merges equally well (ranks too large for the layer or for so few models, "
             "or spaces shared by some of them)"
         )
-        return "not_identifiable", f"Not identifiable: {reason}. The mean is returned."
+        returned = "there the mean is returned, the other directions are recovered" if rest else "the mean is returned"
+        return "not_identifiable", f"Not identifiable: {reason}; {returned}."
     expected = f"expected W-Error {certificate.predicted:.2f} before rounding to a grid"
     if hint is not None and rank < hint and certificate.edge > CLEAR_EDGE:
         return "inconsistent", (
             f"Inconsistent: the updates have rank {rank} at most, with a clear edge, not the granted {hint}; a "
-            f"component that all of them share would look like this and stay in the estimate. If there is none: {expected}."
+            "component that all of them share would look like this and stay in the estimate. If there is none: "
+            f"{expected}."
+        )
+    if certificate.ambiguous:
+        return "shared", (
+            "Not certified, though probably exact: some updates share directions of their column or row spaces "
+            f"exactly, and another weight may explain the merges by updates of equal rank. If this is the right one: {expected}."
         )
     if certificate.lambda_min < WELL_CONDITIONED:
         return "weak", (

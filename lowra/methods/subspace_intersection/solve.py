@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -170,18 +170,24 @@ def solve(core: Core, hint: int | None) -> Solution:
     return best
 
 
-def fill_in(core: Core, columns_shared: bool) -> Solution:
-    """The estimate where all updates share part of their column space (or row space, if not `columns_shared`).
+def without_shared(core: Core, tangents: Tangents, tolerance: float) -> Core:
+    """The core without the directions that all updates share in their column or row spaces.
 
-    u^T W is open for a shared column direction u: M_i - u a^T has the same rank for any a. The intersections on the
-    other side leave that part of the updates out, and least squares on that side alone then spreads it between the
-    models: no more than a guess, but closer than the mean.
+    u^T W is open for a shared column direction u: M_i - u a^T has the same rank for any a. Orthogonal to u the problem
+    is one of lower rank, and may well be determined.
     """
-    pairs = pair_spaces(core)
-    spaces = pairs.right if columns_shared else pairs.left
-    found = [intersect(spaces, i, pairs.partners(i)) for i in range(pairs.n)]
-    bases = padded([directions[:, : rank_at_gap(shares)] for directions, shares in found])
-    return resolve(core, least_squares(core, None, bases) if columns_shared else least_squares(core, bases, None))
+    n = len(core.noise)
+    row_values, row_vectors, column_values, column_vectors = tangents.kronecker()
+    left = row_vectors[:, row_values >= n * tolerance]  # (a, a')
+    right = column_vectors[:, column_values >= n * tolerance]  # (b, b')
+    return replace(
+        core,
+        left=core.left @ left,
+        right=core.right @ right,
+        matrices=left.mT @ core.matrices @ right,
+        below=core.below @ right.to(core.below.dtype),
+        beside=core.beside @ left.to(core.beside.dtype),
+    )
 
 
 def two_models(first: Tensor, second: Tensor, difference: LowRank) -> Tensor:
