@@ -22,7 +22,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -91,7 +91,7 @@ class _Stage:
 
     data: Data
     n_models: int
-    models: Sequence[int] | None
+    models: Sequence[int] | None = field(metadata={"recipe": False})
     fraction: float
     rank: int
     alpha: int
@@ -287,11 +287,9 @@ class MistralSftBuilder(_Stage):
     def build(self, folder: Path) -> Built:
         """Make the subset in `folder`: base (in miniature), adapters, data set.
 
-        With `models` given, the adapters go to the folder of the whole subset, and the data set is written by the
-        call that finds all of them there; until then the call ends with a LowraError that says what is missing.
+        With `models` given, the data set is written by the call that finds all adapters there; until then the call
+        ends with a LowraError that says which are missing.
         """
-        if self.models is not None:
-            folder = sibling(folder, "mistral_sft", self)
         base = self.base_folder(folder)
         self.adapters(folder)
         return self.finish(folder, base, self, "sft", {"base": self.base_report(folder)})
@@ -453,10 +451,8 @@ class MistralDpoBuilder(_Stage):
 
         With `models` given, see `MistralSftBuilder.build`.
         """
-        if self.models is not None:
-            folder = sibling(folder, "mistral_dpo", self)
-        sft_folder = sibling(folder, "mistral_sft", self.sft)
         sft = self._sft()
+        sft_folder = _beside(folder, sft)
         base = sft.base_folder(sft_folder)
         starts = dict.fromkeys(self._wanted())
         if self.continues != "base":
@@ -525,13 +521,10 @@ class MistralDpoBuilder(_Stage):
         return _run(trainer, folder)
 
 
-def sibling(folder: Path, subset: str, builder: _Stage) -> Path:
-    """The cache folder of a builder's whole subset, beside another one named <subset>-<source>-<recipe key>.
-
-    `models` says what to build, not what the subset is, so it does not count in the key.
-    """
+def _beside(folder: Path, sft: MistralSftBuilder) -> Path:
+    """The SFT subset's cache folder, beside DPO's: both are named <subset>-<source>-<recipe key>."""
     source = folder.name.split("-")[1:-1]
-    return folder.parent / "-".join([subset, *source, recipe_key(dataclasses.replace(builder, models=None))])
+    return folder.parent / "-".join(["mistral_sft", *source, recipe_key(sft)])
 
 
 def _no_template(whose: str) -> LowraError:

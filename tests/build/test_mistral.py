@@ -295,13 +295,14 @@ def test_full_size_recipe_on_rows_in_the_public_formats(base, tmp_path):
     builder = dataclasses.replace(recipe("mistral_dpo_build"), **small, data=data, sft=first, max_prompt_length=40)
     builder = dataclasses.replace(builder, n_models=2, models=[1], sft=dataclasses.replace(first, n_models=2))
     builder.check()
+    folder = tmp_path / f"mistral_dpo-build-{recipe_key(builder)}"
     with pytest.raises(LowraError, match=r"1 of 2 models are built in .*Still to build: dpo-00"):
-        builder.build(tmp_path / "mistral_dpo-build-aaa")
+        builder.build(folder)
     # The models a cluster's jobs build are one subset, and the last job writes it.
-    result = dataclasses.replace(builder, models=[0]).build(tmp_path / "mistral_dpo-build-bbb")
-    whole = dataclasses.replace(builder, models=None)
-    assert result.dataset.parent.name == f"mistral_dpo-build-{recipe_key(whole)}"
-    assert whole.build(result.dataset.parent) == result
+    other, whole = (dataclasses.replace(builder, models=models) for models in ([0], None))
+    assert recipe_key(builder) == recipe_key(other) == recipe_key(whole)
+    result = other.build(folder)
+    assert whole.build(folder) == result
     assert (result.base, result.evaluation) == (base, None)
     layer = open_dataset(result.dataset).read(0)
     assert layer.name == "model.layers.0.self_attn.k_proj.weight"
