@@ -317,7 +317,7 @@ def closed_form(problem: Problem) -> Answer:
     if not any(part.full for part in parts) and n > 4 and n * max(part.rank for part in parts) > 2 * WIDE:
         # Wide cores: each difference holds two updates.
         answer = from_three(problem.subset([0, 1, 2]), parts)
-        if answer.lambda_min is not None and answer.lambda_min > LEAD_CONDITION:
+        if answer.certificate == "certified" and (answer.lambda_min or 0) > LEAD_CONDITION:
             return all_models(problem, answer)
     if not any(part.full for part in parts):
         parts = first_parts(problem, n - 1, parts)
@@ -420,7 +420,8 @@ def verdict(certificate: Certificate, hint: int | None, rank: int, *, rest: bool
     if certificate.ambiguous:
         return "shared", (
             "Not certified, though probably exact: some updates share directions of their column or row spaces "
-            f"exactly, and another weight may explain the merges by updates of equal rank. If this is the right one: {expected}."
+            "exactly, and another weight may explain the merges by updates of equal rank. If this is the right one: "
+            f"{expected}."
         )
     if certificate.lambda_min < WELL_CONDITIONED:
         return "weak", (
@@ -441,30 +442,29 @@ def all_models(problem: Problem, lead: Answer) -> Answer:
     _, d, k = problem.merged.shape
     start = lead.estimate.dense(grids.GRIDS[detected_grid(lead.estimate, problem)])  # (d, k)
     guess = max(lead.ranks) + OVERSAMPLING
-    parts: dict[int, LowRank] = {}
+    kept, ranks, lefts, rights = [], [], [], []
     for i, (model, noise) in enumerate(zip(problem.merged, problem.noise, strict=True)):
         part = low_rank_part(Difference(model, start, problem.dtype), joined(noise, noise), guess, problem.generator)
         if not part.full:
-            parts[i] = part
-    used = problem.subset(list(parts))
+            kept.append(i)
+            ranks.append(part.rank)
+            lefts.append((part.left * part.values).to(problem.dtype))  # (d, r_i)
+            rights.append(part.right.to(problem.dtype))  # (k, r_i)
+    used = problem.subset(kept)
     mean = used.mean()
-    left = torch.cat(
-        [-weight * part.left * part.values for weight, part in zip(mean.weights, parts.values(), strict=True)], 1
-    )
-    right = torch.cat([part.right for part in parts.values()], 1)  # (k, sum of ranks)
-    ranks = tuple(part.rank for part in parts.values())
+    left = torch.cat([-weight * part for weight, part in zip(mean.weights, lefts, strict=True)], 1)  # (d, sum of ranks)
     share = sum(1 - (1 - r / d) * (1 - r / k) for r in ranks) / len(ranks)
     variance = 1 / sum(noise.std**-2 for noise in used.noise)
     assert lead.predicted is not None
     predicted = math.log10((1 - share) * variance + share * 10**lead.predicted)
-    outliers = tuple(label for i, label in enumerate(problem.labels) if i not in parts)
+    outliers = tuple(label for i, label in enumerate(problem.labels) if i not in kept)
     named = f" Models of another base, left out (counted from 0): {', '.join(map(str, outliers))}." if outliers else ""
     return replace(
         lead,
-        estimate=replace(mean, left=left.to(problem.dtype), right=right.to(problem.dtype)),
+        estimate=replace(mean, left=left, right=torch.cat(rights, 1)),
         status=f"Certified on three models, then averaged over {len(ranks)}; expected W-Error {predicted:.2f} before "
         f"rounding to a grid.{named}",
-        ranks=ranks,
+        ranks=tuple(ranks),
         predicted=predicted,
         outliers=outliers,
     )

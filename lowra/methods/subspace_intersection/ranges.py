@@ -22,7 +22,7 @@ DENSE = 1024
 FULL = 0.9
 
 # A singular value is signal above this many times the estimated norm of the noise.
-MARGIN = 1.25
+MARGIN = 1.1
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def least_squares(core: Core, left: Tensor | None, right: Tensor | None) -> Tens
     return mean + row_vectors @ (row_vectors.mT @ target @ column_vectors / scale) @ column_vectors.mT
 
 
-def resolve(core: Core, x: Tensor, limits: list[int] | None = None) -> Solution:
+def resolve(core: Core, x: Tensor) -> Solution:
     """Ranks and spaces of the updates C_i - X above the noise.
 
     An X that is wrong by some Z shows here: no model's update explains Z, so Z joins the spaces of all of them, where
@@ -129,8 +129,6 @@ def resolve(core: Core, x: Tensor, limits: list[int] | None = None) -> Solution:
     """
     left, values, right = dense_svd(core.matrices - x)
     signal = values > core.cutoffs()[:, None]  # (n, p)
-    if limits is not None:
-        signal &= torch.arange(values.shape[1], device=x.device) < values.new_tensor(limits)[:, None]
     ranks = tuple(signal.sum(1).tolist())
     bases_left = padded([basis[:, :rank] for basis, rank in zip(left, ranks, strict=True)])
     bases_right = padded([basis[:, :rank] for basis, rank in zip(right, ranks, strict=True)])
