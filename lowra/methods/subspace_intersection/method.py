@@ -13,6 +13,18 @@ start, no rank schedule. Spectral DeTuning minimises the same objective (Eq. 4) 
 What cannot be had: a component that all updates share in rows and columns is part of the base weight as far as any
 merge shows; a row (or column) space that all share leaves W open in it; and two models fit a whole family of weights.
 
+Beyond the plain idea, each because it was measured to pay:
+
+1. Ranks are counted against the rounding of the merges, never taken from the hint alone.
+2. Models are weighted by the inverse variance of their rounding, which differs where updates outweigh the base.
+3. The blocks of W inside only one of the joint subspaces are least squares too, not the mean (`solve.lift`).
+4. Wide cores: three models first, then one step over all. Low signal: Spectral DeTuning. Small layers and
+   half-precision merges: a fit weighted entry by entry.
+
+Certificates: `certified`; `weak` (W is determined, its error well above the rounding); `shared` (probably exact, but
+some updates share directions exactly and a second solution may exist); `inconsistent` (the hint contradicts the ranks,
+or two bases have as many models); `not_identifiable`; `too_few_models`; `low_signal`.
+
 The steps, a module each: `noise`, `screen`, `ranges`, `intersection`, `solve`, `certify`, `grid`, `refine`.
 """
 
@@ -53,7 +65,7 @@ LARGE = 2**19
 # rounding of the merge itself.
 SMALL_UPDATE = 1 / 50
 
-# A core wider than this is not solved whole: three models first, then one step over all (see `_all_models`).
+# A core wider than this is not solved whole: three models first, then one step over all (see `all_models`).
 WIDE = 256
 
 # Updates below this many times the rounding of the merges (its standard deviation; 7 is two ulp) have too few singular
