@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import functools
 from pathlib import Path
 
-from lowra.errors import LowraError
+from lowra.cli import tell_mistakes
 from lowra.records import write_text
 from lowra.reporting.figures import write_figures
 from lowra.reporting.results import load
@@ -35,18 +35,19 @@ def write(folder: Path) -> str:
     return f"\n{caption}\n\n{plain(table)}\n\n{LEGEND}\nWritten to {folder}: table.md, layers.parquet, trials.parquet."
 
 
+def show(folder: Path) -> None:
+    """Write and print."""
+    print(write(folder))
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
         prog="python -m lowra.report", description="Make a run's tables and figures again."
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="results/SUBSET/SOURCE")
-    try:
-        for folder in parser.parse_args().folders:
-            print(write(folder))
-    except LowraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    for folder in parser.parse_args().folders:
+        tell_mistakes(functools.partial(show, folder))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -20,9 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
-from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
@@ -35,15 +32,20 @@ from lowra.bench import draws as drawing
 from lowra.bench.merge import merge, merge_dtype
 from lowra.bench.names import depths, layer_type
 from lowra.bench.schema import LayerInfo
-from lowra.errors import LowraError, unknown
+from lowra.cli import command
+from lowra.errors import LowraError
 from lowra.methods import Method, Observation, as_method, check_observation
 from lowra.metrics.base import Metric, Scorer
 from lowra.metrics.weight_error import EXACT, exact_fraction, weight_error
-from lowra.paths import conf_dir, register_resolvers
 from lowra.records import Cell, Store, weights_digest, write_text
+from lowra.reporting.images import write_grid
+from lowra.reporting.texts import write_texts
 from lowra.source import Data, open_data, weights_only
 
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "trl", "datasets", "sentence-transformers", "lpips", "numpy")
+
+
+GRID_ROWS = 12  # prompts in a grid of images: what a page can show
 
 
 @dataclass
@@ -421,10 +423,30 @@ def run(cfg: DictConfig) -> Path:
     digests = [cell.digest for cell in cells]
     prepared.store.tables(prepared.fingerprint, digests)
     write_text(prepared.store.folder / "run.json", json.dumps(description(prepared, digests), indent=1) + "\n")
+    write_galleries(prepared)
     print(report.write(prepared.store.folder))
     if failed:
         print(f"{failed} layers failed; layers.parquet says why, and the next run tries them again.", file=sys.stderr)
     return prepared.store.folder
+
+
+def write_galleries(prepared: Run) -> None:
+    """Put the kept texts or images of the first draw side by side: pre-FT, then the methods (Figs. 2, 3, 14 to 17)."""
+    if not (prepared.metrics and prepared.cfg.keep_outputs):
+        return
+    draw = max(prepared.draws, key=lambda d: (d.n_loras, -d.trial))
+    headings = {"reference": "Pre-FT (truth)"}
+    for name in reversed(list(prepared.methods)):
+        headings[output_label(Cell(draw, name, {}))] = prepared.methods[name].pretty
+    folder, title = prepared.store.folder, f"{prepared.cfg.subset.title}, source={prepared.cfg.source.name}, {draw}"
+    try:
+        if "sbert" in prepared.metrics:
+            write_texts(outputs(prepared), headings, folder, title)
+        if "lpips" in prepared.metrics:
+            labels, names = list(headings), list(headings.values())
+            write_grid(outputs(prepared), labels, folder / "images.png", title, GRID_ROWS, names)
+    except LowraError as error:  # finished cells of an earlier run may have kept nothing; the tables are there
+        print(f"No side-by-side outputs: {error}", file=sys.stderr)
 
 
 def description(prepared: Run, digests: Sequence[str]) -> dict[str, Any]:
@@ -451,59 +473,5 @@ def description(prepared: Run, digests: Sequence[str]) -> dict[str, Any]:
     }
 
 
-@hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    """Entry point: a user's mistake is one sentence and exit status 2, an interrupt says how to go on."""
-    try:
-        run(cfg)
-    except LowraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues where this one stopped.", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def check_choices(arguments: Sequence[str]) -> None:
-    """Raise LowraError for a subset, source, method or metric that no config file is named after, listing the known.
-
-    Hydra's own message for an element of a list names none. Command lines with flags (`--help`) are left to Hydra.
-    """
-    if any(argument.startswith("-") for argument in arguments):
-        return
-    try:
-        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            hydra.compose("config", overrides=list(arguments))
-    except MissingConfigException as error:
-        group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        kind = {"methods": "method", "metrics": "metric"}.get(group, group)
-        known = [path.stem for path in (conf_dir() / group).glob("*.yaml")]
-        if not group or not known:
-            return
-        raise unknown(kind, name, known, "One of your own needs its config found: see the README.") from None
-    except HydraException:
-        return  # Hydra reports it, with the place
-
-
-def cli() -> None:
-    """Entry point of `python -m lowra.run`."""
-    register_resolvers()
-    quiet_libraries()
-    try:
-        check_choices(sys.argv[1:])
-    except LowraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    main()
-
-
-def quiet_libraries() -> None:
-    """Silence what libraries say to people who train by hand; errors stay. They read this when first imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
 if __name__ == "__main__":
-    cli()
+    command(run)
