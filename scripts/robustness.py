@@ -35,8 +35,11 @@ from lowra.methods.subspace_intersection import SubspaceIntersection
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Medians may miss the prototype's number, mostly one draw, by this much.
+# The worst draw may miss the prototype's number, mostly one draw, by this much.
 ALLOWANCE = 0.15
+
+# The prototype's number is below this where W is identified.
+IDENTIFIED = -10
 
 CERTIFIED = ("certified", "weak")  # both claim the predicted error
 
@@ -237,12 +240,13 @@ def summarise(cases: pd.DataFrame) -> tuple[str, pd.DataFrame]:
         error, prototype = rows.w_error.median(), rows.prototype_w_error.iloc[0]
         floor, mean = rows.floor_w_error.median(), rows.mean_w_error.median()
         identified = not rows.predicted_w_error.isna().any()
-        if identified and error > prototype + ALLOWANCE:
-            regressions.append(f"{name}, n = {n}, rank {told[rank_told]} ({error:.2f}, prototype {prototype:.2f})")
+        worst = rows.w_error.max()
+        if prototype < IDENTIFIED and worst > prototype + ALLOWANCE:
+            regressions.append(f"{name}, n = {n}, rank {told[rank_told]} ({worst:.2f}, prototype {prototype:.2f})")
         predicted = f"{rows.predicted_w_error.median():.2f}" if identified else ""
         lines.append(
             f"| {name} | {n} | {told[rank_told]} | {floor:.2f} | {mean:.2f} | {error:.2f} "
-            f"| {rows.w_error.max():.2f} | {predicted} | {prototype:.2f} "
+            f"| {worst:.2f} | {predicted} | {prototype:.2f} "
             f"| {', '.join(sorted(set(rows.certificate)))} |"
         )
     lines += [
@@ -287,7 +291,7 @@ def summarise(cases: pd.DataFrame) -> tuple[str, pd.DataFrame]:
         "",
         f"- correlation at least 0.99 on certified cases: {correlation:.4f}, {verdict[correlation >= 0.99]}",
         f"- no certified case worse than predicted by 1: {worse} cases, {verdict[not worse]}",
-        f"- no identified median above the prototype's number by more than {ALLOWANCE}: "
+        f"- no draw of an identified case above the prototype's number by more than {ALLOWANCE}: "
         + (f"MISSED in {'; '.join(regressions)}" if regressions else "reached"),
         "",
     ]
