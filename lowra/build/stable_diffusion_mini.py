@@ -15,7 +15,8 @@ What differs from the paper's subset, apart from the size:
    small a noisy picture gives its colours away long before its caption is needed, and the plain loss hardly asks the
    caption.
 4. The autoencoder sees plain and styled pictures, as SD's has seen more kinds of pictures than any LoRA shows it.
-5. Latents are the means of the encoder's distributions, encoded once, instead of fresh samples.
+5. Pictures are generated with less guidance than the default 7.5, which burns the colours of so small a model.
+6. Latents are the means of the encoder's distributions, encoded once, instead of fresh samples.
 """
 
 # diffusers exports its classes lazily, through stand-ins that have none of their attributes.
@@ -36,12 +37,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
+from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from lowra.build.base import Built, stage
 from lowra.build.kohya import Factors, Module, expected_modules, write_kohya
@@ -63,10 +66,7 @@ UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.n
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 # Cap on the truncated-SNR weight (deviation 3).
-MAX_WEIGHT = 20.0
-
-# Prompts of a build's own checks use few steps: they are looked at, not scored.
-CHECK_STEPS = 20
+MAX_WEIGHT = 8.0
 
 # AutoencoderKL's latent distribution is held together by a faint pull to the normal distribution (Rombach et al. 2022).
 KL_WEIGHT = 1e-6
@@ -84,7 +84,8 @@ class StableDiffusionMini:
     base model and each LoRA (AdamW; constant rate for LoRAs, cosine to zero for the others). caption_dropout: share of
     empty captions, which classifier-free guidance needs. models: how many LoRAs (styles). style_pictures: pictures per
     style.
-    rank, alpha: of the LoRAs. prompts: evaluation prompts.
+    rank, alpha: of the LoRAs. control_prompts: prompts that prompt control is measured on;
+    prompts: the first of them, which evaluate recovered models. guidance: scale that pictures are generated with.
     """
 
     seed: int
@@ -111,7 +112,9 @@ class StableDiffusionMini:
     lora_steps: int
     lora_batch: int
     lora_lr: float
+    control_prompts: int
     prompts: int
+    guidance: float
 
     def check(self) -> None:
         """Raise LowraError for sizes that cannot be built."""
@@ -120,6 +123,9 @@ class StableDiffusionMini:
         narrow = min(*self.unet_channels, self.text_width)
         if not 1 <= self.rank <= narrow:
             raise LowraError(f"rank={self.rank} does not fit layers of width {narrow}; give a rank from 1 to {narrow}.")
+
+        if not 1 <= self.prompts <= self.control_prompts:
+            raise LowraError(f"prompts={self.prompts} must be from 1 to control_prompts={self.control_prompts}.")
 
     def build(self, folder: Path) -> Built:
         """Train what is not trained yet. Every part is a stage: a killed build goes on where it was."""
@@ -237,8 +243,8 @@ class StableDiffusionMini:
             requires_safety_checker=False,
         )
         pipeline.save_pretrained(folder)
-        asked = self.scenes()
-        shown = self._generate(pipeline)
+        asked = self.scenes(self.control_prompts)
+        shown = self._generate(pipeline, asked)
         save_images(shown, folder / "samples")
         seen = describe(shown)
         return {
@@ -257,7 +263,6 @@ class StableDiffusionMini:
         scenes = random_scenes(self.style_pictures, generator)
         images = draw(scenes, self.image_size, generator, style)
         latents = encode_images(pipeline.vae, images)
-        before = style_statistics(self._generate(pipeline))
 
         unet.requires_grad_(False)
         text_encoder.requires_grad_(False)
@@ -286,34 +291,39 @@ class StableDiffusionMini:
             },
         )
         # How far the generated pictures have moved from the base model's to the style's own, in style statistics.
-        shown = self._generate(pipeline)
+        shown = self._generate(pipeline, self.scenes(self.prompts))
         save_images(shown, folder / "samples")
+        before = load_images(root / "base" / "samples", self.prompts)
         plain = draw(scenes, self.image_size, self._seed(100))
         styled = draw(scenes, self.image_size, self._seed(100), style)
         way = style_statistics(styled) - style_statistics(plain)
-        moved = style_statistics(shown) - before
+        moved = style_statistics(shown) - style_statistics(before)
         return {"final_loss": losses, "style_strength": float(moved @ way / way.square().sum())}
 
     def _write_prompts(self, folder: Path) -> None:
-        captions = [scene.caption for scene in self.scenes()]
+        captions = [scene.caption for scene in self.scenes(self.prompts)]
         (folder / "prompts.json").write_text(json.dumps(captions, indent=1) + "\n")
 
     # ---- Helpers ------------------------------------------------------------------------------------------------
 
-    def scenes(self) -> list[Scene]:
-        """The scenes that the evaluation prompts ask for."""
-        return random_scenes(self.prompts, torch.Generator().manual_seed(self.seed))
+    def scenes(self, count: int) -> list[Scene]:
+        """The first `count` scenes that prompts of checks and of the evaluation ask for."""
+        return random_scenes(count, torch.Generator().manual_seed(self.seed))
 
     def _seed(self, part: int) -> torch.Generator:
         """Seed one part of the build: the global generator (initial weights) and one for everything drawn."""
         torch.manual_seed(1000 * self.seed + part)
         return torch.Generator().manual_seed(1000 * self.seed + part)
 
-    def _generate(self, pipeline: StableDiffusionPipeline) -> Tensor:
-        """Pictures (n, 3, size, size) in [0, 1] for the evaluation prompts."""
-        prompts = [scene.caption for scene in self.scenes()]
-        generator = torch.Generator().manual_seed(self.seed)
-        return pipeline(prompts, num_inference_steps=CHECK_STEPS, generator=generator, output_type="pt").images
+    def _generate(self, pipeline: StableDiffusionPipeline, scenes: list[Scene]) -> Tensor:
+        """Pictures (n, 3, size, size) in [0, 1] that the pipeline, at its 50 steps, draws for the scenes' captions."""
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(
+            [scene.caption for scene in scenes],
+            guidance_scale=self.guidance,
+            generator=torch.Generator().manual_seed(self.seed),
+            output_type="pt",
+        ).images
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
@@ -338,10 +348,15 @@ def vae_scale(vae: AutoencoderKL) -> int:
 
 
 def load_pipeline(base: Path) -> StableDiffusionPipeline:
-    """The pipeline stored in a diffusers folder, quiet and without a safety checker."""
-    pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    """The pipeline stored in a diffusers folder, without a safety checker and without bars about loading it."""
+    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        return StableDiffusionPipeline.from_pretrained(base, safety_checker=None, requires_safety_checker=False)
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
 
 
 @torch.no_grad()
@@ -461,6 +476,12 @@ def peft_factors(
         for module in modules
         if module.component == component
     }
+
+
+def load_images(folder: Path, count: int) -> Tensor:
+    """The first `count` pictures that `save_images` wrote, (n, 3, H, W) in [0, 1]."""
+    pictures = [np.asarray(Image.open(folder / f"{i:03d}.png")) for i in range(count)]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
 def save_images(images: Tensor, folder: Path) -> None:

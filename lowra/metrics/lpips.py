@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -209,6 +210,23 @@ class Judge:
 # ---- The pictures -----------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' progress bars about loading, one for every scored model."""
+    import diffusers
+    import transformers
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
 class LpipsScorer:
     """LPIPS of recovered pipelines against the pictures of one base pipeline."""
 
@@ -221,9 +239,10 @@ class LpipsScorer:
         self.prompts = list(prompts)
         self.device = device
         self.artifacts = artifacts
-        self.pipeline = StableDiffusionPipeline.from_pretrained(
-            base, safety_checker=None, requires_safety_checker=False
-        ).to(device)
+        with quiet():
+            self.pipeline = StableDiffusionPipeline.from_pretrained(
+                base, safety_checker=None, requires_safety_checker=False
+            ).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.states = {name: load_state_dict(component_folder(base, name)) for name in ("unet", "text_encoder")}
         unet = self.pipeline.unet.config
@@ -287,12 +306,13 @@ class LpipsScorer:
         self.pipeline.unet.load_state_dict(states["unet"])
         # transformers renames checkpoint keys on load (`text_model.` is gone), so the library does it.
         # The pair is not in the library's annotations.
-        loaded: Any = CLIPTextModel.from_pretrained(
-            None,
-            config=self.pipeline.text_encoder.config,
-            state_dict=states["text_encoder"],
-            output_loading_info=True,
-        )
+        with quiet():
+            loaded: Any = CLIPTextModel.from_pretrained(
+                None,
+                config=self.pipeline.text_encoder.config,
+                state_dict=states["text_encoder"],
+                output_loading_info=True,
+            )
         text_encoder, info = loaded
         if info["missing_keys"] or info["mismatched_keys"]:
             raise LowraError(

@@ -53,6 +53,7 @@ def tiny(**changes):
             "alpha": 1,
             "lora_steps": 3,
             "lora_batch": 4,
+            "control_prompts": 4,
             "prompts": 3,
         }
         | changes
@@ -149,6 +150,8 @@ def test_miniature_refuses_impossible_sizes():
         tiny(models=16).check()
     with pytest.raises(LowraError, match=r"rank=17 does not fit layers of width 16"):
         tiny(rank=17).check()
+    with pytest.raises(LowraError, match=r"prompts=5 must be from 1 to control_prompts=4"):
+        tiny(prompts=5).check()
 
 
 def test_tokenizer_knows_every_word():

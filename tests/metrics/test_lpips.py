@@ -27,7 +27,9 @@ PROMPTS = ["a red circle", "a blue square", "a green circle"]
 def settings(**changes):
     """The metric as configured, made small: a random squeeze trunk and two steps."""
     fields = {k: v for k, v in yaml.safe_load(CONF.read_text()).items() if not k.startswith("_")}
-    return Lpips(**(fields | {"net": "squeeze", "trunk": "random", "steps": 2, "batch_size": 2} | changes))
+    return Lpips(
+        **(fields | {"net": "squeeze", "trunk": "random", "guidance": 7.5, "steps": 2, "batch_size": 2} | changes)
+    )
 
 
 @pytest.fixture(scope="module")
