@@ -17,7 +17,8 @@ from lowra.reporting.tables import breakdown, main_table, markdown, plain
 
 LEGEND = (
     "W-Error is the mean over layers of log10 MSE (Eq. 8); an exactly recovered layer counts as -31.3. "
-    "± is the deviation over draws, '± layers' that over layers. 'paper' columns are the paper's own full-size results."
+    "± is the deviation over draws, '± layers' that over layers; 'floor' is what the rounding of the merges leaves "
+    "when every update is known. 'paper' columns are the paper's own full-size results."
 )
 
 

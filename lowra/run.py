@@ -36,7 +36,7 @@ from lowra.cli import command
 from lowra.errors import LowraError
 from lowra.methods import Method, Observation, as_method, check_observation
 from lowra.metrics.base import Metric, Scorer
-from lowra.metrics.weight_error import EXACT, exact_fraction, weight_error
+from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
 from lowra.records import Cell, Store, weights_digest, write_text
 from lowra.reporting.images import write_grid
 from lowra.reporting.texts import write_texts
@@ -62,6 +62,7 @@ class Run:
     draws: tuple[drawing.Draw, ...]
     store: Store
     device: torch.device
+    floors: dict[tuple[drawing.Draw, int], float] = field(default_factory=dict)
     scorers: dict[str, Scorer] = field(default_factory=dict)
     scored: dict[tuple[str, str], tuple[str, dict[str, float]]] = field(default_factory=dict)
 
@@ -198,6 +199,10 @@ def prepare(cfg: DictConfig) -> Run:
     # TF32 would cost seven digits of the float32 products that merges and methods rely on.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    for metric in metrics.values():
+        metric.ready()
+        if cfg.source.name != "mini":  # a miniature makes its base and evaluation inputs itself
+            metric.check(str((cfg.get("builder") or {}).get("base") or cfg.subset.base), None)
     data = open_data(cfg)
     available = len(data.table.model_names)
     chosen = [d for n in n_loras(cfg) for d in drawing.draws(cfg.subset.name, available, n, cfg.trials, cfg.seed)]
@@ -249,6 +254,8 @@ def recover_layer(run: Run, cell: Cell, index: int) -> tuple[dict[str, Any], Ten
         message = " ".join(f"{type(error).__name__}: {error}".split())
         failed = {"w_error": math.nan, "exact_fraction": math.nan, "status": f"failed: {message}"}
         return row | failed | {"seconds": time.perf_counter() - started}, None, []
+    if (cell.draw, index) not in run.floors:
+        run.floors[cell.draw, index] = floor_error(observation.merged.cpu(), layer)
     errors = [weight_error(c, layer.weight) for c in candidates]
     exact = [exact_fraction(c, layer.weight) for c in candidates]
     row |= {
@@ -258,6 +265,7 @@ def recover_layer(run: Run, cell: Cell, index: int) -> tuple[dict[str, Any], Ten
         "candidates": len(errors),
         "seconds": seconds,
         "status": recovery.status,
+        "floor_w_error": run.floors[cell.draw, index],
     }
     row |= {f"stat_{key}": value for key, value in recovery.stats.items()}
     where = {key: row[key] for key in ("subset", "source", "n_loras", "trial", "method", "layer_model", "layer_name")}

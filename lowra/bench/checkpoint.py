@@ -19,6 +19,10 @@ from lowra.errors import LowraError
 
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 
+# Of a Hub repository: configurations, tokenizers, and the weights transformers and diffusers load; not the single-file
+# and half-precision copies that lie beside them.
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*model.safetensors", "*model-*-of-*.safetensors"]
+
 
 def component_folder(base: str | Path, component: str = "") -> Path:
     """The local folder of a base model's component; a Hub id is fetched.
@@ -30,7 +34,7 @@ def component_folder(base: str | Path, component: str = "") -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(str(base), allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+            folder = Path(snapshot_download(str(base), allow_patterns=_HUB_FILES, ignore_patterns=["safety_checker/*"]))
         except Exception as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise LowraError(

@@ -43,8 +43,8 @@ class ActivationDistance:
     pretty: ClassVar[str] = "Act.-Dist."
     families: ClassVar[tuple[str, ...]] = ("vit",)
 
-    def check(self, base: str, evaluation: Path | None) -> None:
-        """Raise LowraError for unknown options, a base without weights or processor, and missing or broken images."""
+    def ready(self) -> None:
+        """Raise LowraError for unknown options."""
         for name, value, known in (
             ("tokens", self.tokens, ("mean", "flatten")),
             ("blocks", self.blocks, ("last", "all")),
@@ -53,6 +53,9 @@ class ActivationDistance:
                 raise unknown(f"metrics.activation_distance.{name}", value, known)
         if self.images_per_class < 1 or self.batch_size < 1:
             raise LowraError("metrics.activation_distance: images_per_class and batch_size must be at least 1.")
+
+    def check(self, base: str, evaluation: Path | None) -> None:
+        """Raise LowraError for a base without weights or processor, and missing or broken images."""
         # The images first: they are the cheapest to look at, and the base may have to be fetched.
         for path in self.image_paths(evaluation):
             open_image(path, header_only=True)

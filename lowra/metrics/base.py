@@ -43,8 +43,15 @@ class Metric(Protocol):
         """Subsets it can score."""
         ...
 
+    def ready(self) -> None:
+        """Raise LowraError for what is wrong or missing whatever the data: settings, packages, judging models."""
+        ...
+
     def check(self, base: str, evaluation: Path | None) -> None:
-        """Raise LowraError for anything that would stop scoring later: missing files, packages, memory."""
+        """Raise LowraError for anything about this base that would stop scoring later: missing files, memory.
+
+        Where the evaluation inputs are the builder's, called once they are there.
+        """
         ...
 
     def scorer(self, base: str, evaluation: Path | None, device: torch.device, artifacts: Path | None) -> Scorer:

@@ -69,8 +69,8 @@ class Lpips:
         """The heading in tables; a random trunk always shows."""
         return "LPIPS (random trunk)" if self.trunk == "random" else "LPIPS"
 
-    def check(self, base: str, evaluation: Path | None) -> None:
-        """Raise LowraError for unknown settings, missing prompts, trunk weights or components of the base model.
+    def ready(self) -> None:
+        """Raise LowraError for unknown settings or missing trunk weights.
 
         What has to be downloaded is: better now than after hours of recovery.
         """
@@ -78,9 +78,12 @@ class Lpips:
             raise unknown("metrics.lpips.net", self.net, _WEIGHTS)
         if self.trunk not in _TRUNKS:
             raise unknown("metrics.lpips.trunk", self.trunk, _TRUNKS)
-        self.read_prompts(evaluation)
         if self.trunk == "imagenet":
             load_trunk(self.net, self.trunk_path)
+
+    def check(self, base: str, evaluation: Path | None) -> None:
+        """Raise LowraError for missing prompts or components of the base model."""
+        self.read_prompts(evaluation)
         if base:
             for component in ("unet", "text_encoder", "vae"):
                 component_folder(base, component)

@@ -63,15 +63,18 @@ class Sbert:
     pretty: ClassVar[str] = "SBERT"
     families: ClassVar[tuple[str, ...]] = ("mistral_sft", "mistral_dpo")
 
+    def ready(self) -> None:
+        """Raise LowraError for an unknown dtype or a missing encoder."""
+        if self.dtype not in _DTYPES:
+            raise unknown("metrics.sbert.dtype", self.dtype, _DTYPES)
+        find_encoder(self.encoder)
+
     def check(self, base: str, evaluation: Path | None) -> None:
         """Raise LowraError for missing prompts or encoder, and a base model that is missing or too large for memory.
 
         A base on the Hub is fetched for it: better now than after hours of recovery.
         """
-        if self.dtype not in _DTYPES:
-            raise unknown("metrics.sbert.dtype", self.dtype, _DTYPES)
         self.read_prompts(evaluation)
-        find_encoder(self.encoder)
         if base:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             check_memory(component_folder(base), self.dtype, device)

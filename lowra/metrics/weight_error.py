@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lowra.bench.schema import Layer
+
 EXACT = -104 * math.log10(2)
 """log10 of float64 epsilon squared, about -31.3: what an exactly recovered layer (error 0) counts as in means."""
 
@@ -24,6 +26,18 @@ def weight_error(recovered: Tensor, weight: Tensor) -> float:
     if not math.isfinite(total):
         return math.inf
     return math.log10(total / weight.numel()) if total > 0 else EXACT
+
+
+def floor_error(merged: Tensor, layer: Layer) -> float:
+    """W-Error of the mean of W'_i - M_i with the true M_i: the rounding of the merges, and all that is left of it.
+
+    A recovery that treats all weights alike cannot do better; one that weighs them by their rounding can.
+    merged: (n, d, k), of the layer's LoRAs in their order. M_i is computed in float64.
+    """
+    total = torch.zeros(layer.weight.shape, dtype=torch.float64)
+    for weight, lora in zip(merged, layer.loras, strict=True):
+        total.add_(weight).addmm_(lora.B.double(), lora.A.double(), alpha=-lora.scale)
+    return weight_error(total.div_(len(layer.loras)), layer.weight)
 
 
 def exact_fraction(recovered: Tensor, weight: Tensor) -> float:

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from lowra.metrics.weight_error import EXACT
 from lowra.reporting.results import Results
 
 _STYLE: Any = {"figure.dpi": 130, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
@@ -80,9 +81,12 @@ def predicted(results: Results, path: Path) -> Path | None:
     known = results.layers[results.layers[column].notna()]
     for method, chosen in known.groupby("method"):
         plt.scatter(chosen[column], chosen["w_error"], s=6, alpha=0.5, label=results.pretty(str(method)))
-    low, high = plt.xlim()
+    both = known[[column, "w_error"]].replace(EXACT, np.nan)  # an exact layer has no error to predict
+    low, high = both.min().min() - 0.5, both.max().max() + 0.5
     plt.plot([low, high], [low, high], lw=0.8, color="grey")
-    plt.xlabel("W-Error predicted without the truth")
+    plt.xlim(low, high)
+    plt.ylim(low, high)
+    plt.xlabel("W-Error predicted without the truth,\nbefore rounding to a grid")
     plt.ylabel("W-Error")
     plt.title(_mark(results))
     plt.legend(frameon=False)

@@ -54,6 +54,8 @@ def main_table(results: Results) -> pd.DataFrame:
             row = {"Method": results.pretty(method), "n": str(n)}
             row["W-Error ↓"] = pair(trials["w_error"].mean(), trials["w_error"].std())
             row["± layers"] = number(trials["w_error_layer_std"].mean())
+            floor = results.layers.query("n_loras == @n and method == @method")["floor_w_error"].mean()
+            row["floor"] = number(floor)
             row["exact layers"] = f"{trials['exact_layers'].mean():.1f}/{trials['layers'].max()}"
             row["exact weights"] = f"{100 * trials['exact_fraction'].mean():.4g}%"
             for column, pretty in columns.items():

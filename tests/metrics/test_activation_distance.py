@@ -145,7 +145,9 @@ def test_state_dicts_that_do_not_fit_are_refused(base):
 )
 def test_mistakes_are_refused(base, changes, message):
     with pytest.raises(LowraError, match=message):
-        metric(**changes).check(str(base), None)
+        judge = metric(**changes)
+        judge.ready()
+        judge.check(str(base), None)
 
 
 def test_images_too_few_or_unreadable_are_named(base, images, tmp_path):

@@ -115,7 +115,7 @@ def test_trunk_weights_come_from_torchvisions_file(net, tmp_path):
 
 def test_missing_or_wrong_trunk_weights_say_how_to_get_them(evaluation, tmp_path, monkeypatch):
     with pytest.raises(LowraError, match=r"No trunk weights of vgg .*none\.pth.*download https.*trunk_path=FILE"):
-        settings(net="vgg", trunk="imagenet", trunk_path=str(tmp_path / "none.pth")).check("", evaluation)
+        settings(net="vgg", trunk="imagenet", trunk_path=str(tmp_path / "none.pth")).ready()
 
     def offline(*_, **__):
         raise OSError("no route to host")
@@ -189,6 +189,6 @@ def test_prompts(tmp_path, evaluation, monkeypatch):
 
 def test_unknown_settings():
     with pytest.raises(LowraError, match=r"Unknown metrics\.lpips\.net 'vgg19'; known: alex, squeeze, vgg"):
-        settings(net="vgg19").check("", None)
+        settings(net="vgg19").ready()
     with pytest.raises(LowraError, match=r"Unknown metrics\.lpips\.trunk 'coco'; known: imagenet, random"):
-        settings(trunk="coco").check("", None)
+        settings(trunk="coco").ready()

@@ -182,7 +182,7 @@ def test_not_enough_memory_says_how_much_is_needed(base, evaluation, monkeypatch
 
 def test_unknown_dtype():
     with pytest.raises(LowraError, match=r"'int8'; known: bfloat16, float16, float32"):
-        metric(dtype="int8").check("", None)
+        metric(dtype="int8").ready()
 
 
 def test_packaged_prompts_are_a_hundred_different_ones():

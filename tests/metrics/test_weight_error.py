@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from conftest import planted_layers
 
-from lowra.metrics.weight_error import EXACT, exact_fraction, weight_error
+from lowra.bench.merge import merge
+from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
 
 
 def test_w_error_is_the_log_of_the_mean_square() -> None:
@@ -41,3 +43,16 @@ def test_exact_fraction_is_bit_for_bit() -> None:
     weight = torch.tensor([[1.0, 2.0, 0.0, 3.0]])
     found = torch.tensor([[1.0, 2.0 + 2**-22, -0.0, 3.0]], dtype=torch.float64)
     assert exact_fraction(found, weight) == 0.5
+
+
+def test_the_floor_is_the_rounding_of_the_merge() -> None:
+    (layer,) = planted_layers(layers=1, models=4)
+    stack = merge(layer)
+    floor = floor_error(stack, layer)
+    # Entries around 0.05 round with a standard deviation near 2^-29 / sqrt(12), over four models.
+    assert -19.5 < floor < -17.5
+    exact = torch.stack(
+        [layer.weight.double() + lora.scale * lora.B.double() @ lora.A.double() for lora in layer.loras]
+    )
+    assert floor_error(exact, layer) < -31
+    assert floor_error(merge(layer, torch.bfloat16), layer) > floor + 4

@@ -24,7 +24,15 @@ def folder(tmp_path: Path) -> Path:
             for i, error in enumerate(errors):
                 kind = ("query", "value")[i]
                 layers.append(
-                    where | {"layer_model": "", "layer_name": kind, "layer_type": kind, "depth": i, "w_error": error}
+                    where
+                    | {
+                        "layer_model": "",
+                        "layer_name": kind,
+                        "layer_type": kind,
+                        "depth": i,
+                        "w_error": error,
+                        "floor_w_error": -19.0,
+                    }
                 )
             scores = {"w_error": sum(errors) / 2, "w_error_layer_std": 0.5**0.5, "exact_layers": 0, "layers": 2}
             scores |= {
