@@ -144,10 +144,12 @@ def test_state_dicts_that_do_not_fit_are_refused(base):
     ],
 )
 def test_mistakes_are_refused(base, changes, message):
-    with pytest.raises(LowraError, match=message):
-        judge = metric(**changes)
+    def both(judge):
         judge.ready()
         judge.check(str(base), None)
+
+    with pytest.raises(LowraError, match=message):
+        both(metric(**changes))
 
 
 def test_images_too_few_or_unreadable_are_named(base, images, tmp_path):
