@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -277,3 +279,80 @@ def test_ranks_may_differ_between_loras(tmp_path: Path, custom: Configure) -> No
     layers = pd.read_parquet(pipeline.run(custom(f"source.path={path}")) / "layers.parquet")
     for row in layers.itertuples():
         assert row.rank == max((2, 4)[m % 2] for m in row.models)
+
+
+class Norm:
+    """A metric that scores the mean of all recovered weights, and keeps a file a model."""
+
+    column, pretty, families = "norm", "Norm", ("custom",)
+
+    def __init__(self) -> None:
+        self.labels: list[str] = []
+
+    def ready(self) -> None:
+        pass
+
+    def check(self, base: str, evaluation: Path | None) -> None:
+        pass
+
+    def scorer(self, base: str, evaluation: Path | None, device: torch.device, artifacts: Path) -> Norm:
+        self.artifacts = artifacts
+        return self
+
+    def score(self, weights: dict[tuple[str, str], torch.Tensor], label: str) -> dict[str, float]:
+        self.labels.append(label)
+        path = self.artifacts / f"{label}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(label)
+        assert sorted(weights) == [("", f"model.layers.{i}.self_attn.q_proj.weight") for i in range(3)]
+        return {"norm": float(torch.cat([w.flatten() for w in weights.values()]).double().mean())}
+
+
+@pytest.fixture
+def norm(monkeypatch: pytest.MonkeyPatch) -> Norm:
+    metric, real = Norm(), pipeline.open_data
+    monkeypatch.setattr(pipeline, "make_metrics", lambda cfg: {"norm": metric})
+    monkeypatch.setattr(pipeline, "open_data", lambda cfg: dataclasses.replace(real(cfg), base="base"))
+    return metric
+
+
+def test_a_metric_scores_recovered_models_averaged_over_candidates(custom: Configure, norm: Norm) -> None:
+    cfg = custom("methods=[lora_ft,mean_lora]", "n_loras=3", "trials=3")
+    folder = pipeline.run(cfg)
+    trials = pd.read_parquet(folder / "trials.parquet").set_index(["method", "trial"])
+    # The mean of three models' means is the mean of their mean, up to float32 rounding of the merged weights.
+    assert trials.loc["lora_ft", "norm"].tolist() == pytest.approx(trials.loc["mean_lora", "norm"].tolist(), abs=1e-8)
+    drawn = {m for models in pd.read_parquet(folder / "trials.parquet")["models"] for m in models}
+    assert len(norm.labels) == len(drawn) + 3  # each fine-tuned model once, and three means
+    kept = sorted(str(p.relative_to(folder / "outputs")) for p in (folder / "outputs").rglob("*.json"))
+    assert kept == ["L03/lora_ft.json", "L03/mean_lora.json"]  # of the first draw
+    assert not (folder / "scratch").exists()
+
+
+def test_equal_weights_show_their_outputs_under_both_labels(custom: Configure, norm: Norm) -> None:
+    cfg = custom("methods=[mean_lora]", "+methods.again={_target_: lowra.methods.mean_lora.MeanLora}", "trials=1")
+    folder = pipeline.run(cfg)
+    assert norm.labels == ["L03/mean_lora"]
+    assert (folder / "outputs/L03/again.json").read_text() == "L03/mean_lora"
+
+
+def test_a_killed_run_scores_what_it_had_recovered(
+    custom: Configure, norm: Norm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pd.read_parquet(pipeline.run(custom()) / "trials.parquet")
+    shutil.rmtree(Path(custom().results_dir))
+    real, done = pipeline.recover_layer, []
+
+    def killed_at_the_third(*arguments: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(arguments[2])
+        return real(*arguments)
+
+    monkeypatch.setattr(pipeline, "recover_layer", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(custom())
+    monkeypatch.setattr(pipeline, "recover_layer", lambda *a: (done.append(a[2]), real(*a))[1])
+    again = pd.read_parquet(pipeline.run(custom()) / "trials.parquet")
+    assert done == [0, 1, 2, 0, 1, 2]
+    assert again["norm"].tolist() == whole["norm"].tolist()
