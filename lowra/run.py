@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -192,6 +193,8 @@ def choose_layers(infos: Sequence[LayerInfo], pattern: str | None) -> tuple[int,
 def prepare(cfg: DictConfig) -> Run:
     """Check everything, cheapest first; then build or open the data."""
     check_settings(cfg)
+    if cfg.source.name == "mini":  # dozens of tiny models are loaded; a progress bar for each would drown ours
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     methods = make_methods(cfg)
     metrics = make_metrics(cfg)
     store = Store(Path(cfg.results_dir) / cfg.subset.name / cfg.source.name)
@@ -357,7 +360,7 @@ def semantic_scores(run: Run, cell: Cell, candidates: int) -> dict[str, float]:
             weights[info.model, info.name] = run.store.weights(cell, index)[str(c)]
         digest = weights_digest(weights)
         shown = run.cfg.keep_outputs and cell.draw.trial == 0 and c == 0
-        label = output_label(cell) if shown else f"scratch/{cell.digest}"
+        label = output_label(cell) if shown else f"scratch/{str(cell.draw).replace('/', '-')}-{cell.method}-{c}"
         for name in run.metrics:
             known = run.scored.get((name, digest))
             if known is None:

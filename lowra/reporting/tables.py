@@ -14,9 +14,10 @@ from lowra.reporting.results import Results
 
 
 def paper_numbers(subset: str) -> dict[str, Any] | None:
-    """What the paper reports for a subset, or None."""
-    text = resources.files("lowra.reporting").joinpath("paper.json").read_text()
-    return json.loads(text)["tables"].get(subset)
+    """What the paper reports for a subset, with the names of its columns, or None."""
+    paper = json.loads(resources.files("lowra.reporting").joinpath("paper.json").read_text())
+    table = paper["tables"].get(subset)
+    return table and table | {"columns": paper["columns"]}
 
 
 def number(value: float) -> str:
@@ -67,8 +68,9 @@ def main_table(results: Results) -> pd.DataFrame:
             if paper and paper["n_loras"] in set(results.trials["n_loras"]):
                 reported = paper["rows"].get(method, {}) if n == paper["n_loras"] else {}
                 row["paper W-Error"] = pair(*reported["w_error"]) if "w_error" in reported else ""
-                for column, pretty in columns.items():
-                    row[f"paper {pretty}"] = pair(*reported[column]) if column in reported else ""
+                for column in columns:
+                    heading = f"paper {paper['columns'].get(column, column)}"
+                    row[heading] = pair(*reported[column]) if column in reported else ""
             rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
