@@ -98,6 +98,9 @@ def _mistral_layers() -> tuple[tuple[str, str, int, int], ...]:
 # at zero and takes its directions from the data, which fine-tunes share, A starts at its own random numbers.
 # weight_rms: from published checkpoints of ViT and SD 1.5 in order of magnitude; Mistral's from the error floor in
 # Table 4 (-22.06 at n = 8 is the rounding of float32 numbers near 2e-3).
+# Measured on this project's miniatures, for comparison (leading singular vectors, medians): column cosines 0.11, 0.19,
+# 0.71 and 0.53, row cosines 0.13, 0.19, 0.47 and 0.18, in the order of the families below; largest over smallest update
+# 2.5, 2.9, 1.3 and 1.4; decay 0.3 to 0.5 at rank 2 and 0.03 at rank 8.
 # decay: four public rank-4 LoRAs of Stable Diffusion 2 fall to 0.3 at the fourth value; larger ranks go lower.
 # rank and alpha: Tables 5 to 7; Stable Diffusion's rank is the one the paper finds, its alphas are not given.
 FAMILIES: dict[str, Family] = {
