@@ -13,7 +13,7 @@ from lowra.cli import tell_mistakes
 from lowra.records import write_text
 from lowra.reporting.figures import write_figures
 from lowra.reporting.results import load
-from lowra.reporting.tables import breakdown, main_table, markdown, plain
+from lowra.reporting.tables import breakdown, main_table, markdown, plain, summary
 
 LEGEND = (
     "W-Error is the mean over layers of log10 MSE (Eq. 8); an exactly recovered layer counts as -31.3. "
@@ -47,8 +47,13 @@ def main() -> None:
         prog="python -m lowra.report", description="Make a run's tables and figures again."
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="results/SUBSET/SOURCE")
-    for folder in parser.parse_args().folders:
-        tell_mistakes(functools.partial(show, folder))
+    parser.add_argument("--summary", action="store_true", help="only print one Markdown table of all the folders")
+    arguments = parser.parse_args()
+    if arguments.summary:
+        tell_mistakes(lambda: print(markdown(summary([load(folder) for folder in arguments.folders]))))
+    else:
+        for folder in arguments.folders:
+            tell_mistakes(functools.partial(show, folder))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main_table(results: Results) -> pd.DataFrame:
             floor = results.layers.query("n_loras == @n and method == @method")["floor_w_error"].mean()
             row["floor"] = number(floor)
             row["exact layers"] = f"{trials['exact_layers'].mean():.1f}/{trials['layers'].max()}"
-            row["exact weights"] = f"{100 * trials['exact_fraction'].mean():.4g}%"
+            row["exact weights"] = f"{100 * trials['exact_fraction'].mean():.6g}%"
             for column, pretty in columns.items():
                 if column in trials:
                     row[f"{pretty} ↓"] = pair(trials[column].mean(), trials[column].std())
@@ -73,6 +73,20 @@ def main_table(results: Results) -> pd.DataFrame:
                     row[heading] = pair(*reported[column]) if column in reported else ""
             rows.append(row)
     return pd.DataFrame(rows).fillna("")
+
+
+def summary(folders: Sequence[Results]) -> pd.DataFrame:
+    """The main tables of several results folders below each other, without the paper's numbers."""
+    rows = []
+    for results in folders:
+        headings = [f"{m['pretty']} ↓" for m in results.run["metrics"].values()]
+        for row in main_table(results).to_dict("records"):
+            semantic = ", ".join(f"{heading[:-2]} {row[heading]}" for heading in headings if heading in row)
+            kept = {key: row[key] for key in ("n", "Method", "W-Error ↓", "exact weights", "s/layer")}
+            rows.append(
+                {"Subset": f"{results.title}, {results.run['source']}"} | kept | {"semantic metric ↓": semantic}
+            )
+    return pd.DataFrame(rows)
 
 
 def breakdown(results: Results, by: str) -> pd.DataFrame:

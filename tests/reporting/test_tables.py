@@ -9,7 +9,7 @@ import pytest
 from lowra.errors import LowraError
 from lowra.report import write
 from lowra.reporting.results import load
-from lowra.reporting.tables import breakdown, main_table, markdown, pair, paper_numbers
+from lowra.reporting.tables import breakdown, main_table, markdown, pair, paper_numbers, summary
 
 
 @pytest.fixture
@@ -81,6 +81,14 @@ def test_a_miniature_says_it_is_one(folder: Path) -> None:
         assert "source=mini" in text
         assert "NOT the paper's experiment" in text
     assert "By layer type" in (folder / "table.md").read_text()
+
+
+def test_a_summary_puts_folders_below_each_other(folder: Path) -> None:
+    table = summary([load(folder), load(folder)])
+    assert len(table) == 4
+    assert set(table["Subset"]) == {"ViT, mini"}
+    assert table.iloc[1]["semantic metric ↓"] == "Act.-Dist. 2e-05 ± 0"
+    assert not any("paper" in column for column in table)
 
 
 def test_breakdown_by_type(folder: Path) -> None:
