@@ -19,9 +19,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -37,6 +36,7 @@ from lowra.build.base import MARKER, Built, recipe_key, stage
 from lowra.build.lora import lora_layers
 from lowra.build.mistral_mini import MiniMistral
 from lowra.errors import LowraError, unknown
+from lowra.quiet import quiet
 
 CONTINUES = ("base", "merged_sft", "sft_adapter")
 
@@ -298,7 +298,7 @@ class MistralSftBuilder(_Stage):
         """The base checkpoint's folder: fetched, or trained in miniature and kept in `folder`."""
         if not isinstance(self.base, MiniMistral):
             return component_folder(self.base)
-        with quietly(self.quiet):
+        with quiet() if self.quiet else nullcontext():
             stage(folder / "base", self.base.build)
         return folder / "base"
 
@@ -312,7 +312,7 @@ class MistralSftBuilder(_Stage):
         paths = {seed: folder / "adapters" / f"{seed:02d}" for seed in self._wanted()}
         missing = {seed: path for seed, path in paths.items() if not (path / MARKER).exists()}
         if missing:
-            with quietly(self.quiet):
+            with quiet() if self.quiet else nullcontext():
                 base = self.base_folder(folder)
                 tokenizer = self.tokenizer(base)
                 rows = self._tokens(tokenizer)
@@ -466,7 +466,7 @@ class MistralDpoBuilder(_Stage):
         missing = {seed: path for seed, path in paths.items() if not (path / MARKER).exists()}
         if not missing:
             return
-        with quietly(self.sft.quiet):
+        with quiet() if self.sft.quiet else nullcontext():
             tokenizer = self.sft.tokenizer(base)
             rows = self._pairs(tokenizer)
             for seed, path in tqdm(missing.items(), desc="DPO", unit="model", leave=False):
@@ -543,26 +543,3 @@ def _mean(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for key, value in reports[0].items()
         if all(key in report for report in reports)
     }
-
-
-@contextmanager
-def quietly(quiet: bool) -> Iterator[None]:
-    """Turn the libraries' own progress bars and notices off for a while, if asked."""
-    import datasets
-    import transformers
-
-    if not quiet:
-        yield
-        return
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
-        datasets.enable_progress_bars()

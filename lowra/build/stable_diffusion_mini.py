@@ -38,20 +38,19 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
-from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from lowra.build.base import Built, stage
 from lowra.build.kohya import Factors, Module, expected_modules, write_kohya
 from lowra.build.stable_diffusion import Adapter, collect
 from lowra.build.stable_diffusion_pictures import STYLES, Scene, describe, draw, random_scenes, style_statistics
 from lowra.errors import LowraError
+from lowra.quiet import quiet
 
 # scheduler/scheduler_config.json of SD 1.5; DDPM and PNDM share the noise schedule.
 NOISE_SCHEDULE: dict[str, Any] = {
@@ -353,14 +352,8 @@ def vae_scale(vae: AutoencoderKL) -> int:
 
 def load_pipeline(base: Path) -> StableDiffusionPipeline:
     """The pipeline stored in a diffusers folder, without a safety checker and without bars about loading it."""
-    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
+    with quiet():
         return StableDiffusionPipeline.from_pretrained(base, safety_checker=None, requires_safety_checker=False)
-    finally:
-        for library in libraries:
-            library.enable_progress_bar()
 
 
 @torch.no_grad()

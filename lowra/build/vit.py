@@ -19,7 +19,6 @@ import math
 import re
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +39,7 @@ from lowra.build.lora import Adapter, checkpoint_state, layer_names, lora_layers
 from lowra.build.vit_images import TASKS
 from lowra.build.vit_miniature import Miniature
 from lowra.errors import LowraError, unknown
+from lowra.quiet import quiet
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")  # of a block, in memory
@@ -431,21 +431,3 @@ def progress(trainer: Any, label: str) -> Iterator[None]:
 
         trainer.add_callback(Bar())
         yield
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' notices and bars: a new head on an old base is what is wanted here."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing of the user's
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -20,6 +20,7 @@ from lowra.bench.detect import StoredState
 from lowra.bench.images import SUFFIXES, image_processor, open_image, pixel_values
 from lowra.errors import LowraError, unknown
 from lowra.metrics.base import Weights
+from lowra.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -145,17 +146,11 @@ def load_vit(config: Any, state: dict[str, Tensor]) -> Any:
     Raises LowraError when a weight is missing or left over.
     """
     from transformers import ViTForImageClassification
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quiet():
         loaded: Any = ViTForImageClassification.from_pretrained(
             None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
         )
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     model, info = loaded
     if wrong := sorted(info["missing_keys"] | info["unexpected_keys"]):
         raise LowraError(

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +33,7 @@ from tqdm import tqdm
 from lowra.bench.checkpoint import component_folder, load_state_dict, with_weights
 from lowra.errors import LowraError, unknown
 from lowra.metrics.base import Weights
+from lowra.quiet import quiet
 
 RESOLUTION = 224
 _TRUNKS = ("imagenet", "random")
@@ -211,23 +211,6 @@ class Judge:
 
 
 # ---- The pictures -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the libraries' progress bars about loading, one for every scored model."""
-    import diffusers
-    import transformers
-
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    shown = [library for library in libraries if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
 
 
 class LpipsScorer:

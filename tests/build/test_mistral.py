@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowra.bench.schema import open_dataset
 from lowra.build.base import MARKER, recipe_key
-from lowra.build.mistral import MistralDpoBuilder, MistralSftBuilder, Rows, quietly
+from lowra.build.mistral import MistralDpoBuilder, MistralSftBuilder, Rows
 from lowra.build.mistral_mini import DocumentationChats, DocumentationPreferences, MiniMistral, documentation
 from lowra.errors import LowraError
 from lowra.paths import conf_dir
+from lowra.quiet import quiet
 
 BASE = MiniMistral(
     vocab_size=384,
@@ -88,7 +89,7 @@ def base(built):
 
 
 def tokenizer_of(base, builder):
-    with quietly(True):
+    with quiet():
         return builder.tokenizer(base)
 
 
@@ -212,7 +213,7 @@ def test_dpo_builds_on_the_sft_stage_beside_it(cache, built, continues, monkeypa
 def test_merged_sft_differs_from_base_as_the_start_of_dpo(base, built):
     builder = dpo(sft())
     tokenizer = tokenizer_of(base, builder.sft)
-    with quietly(True):
+    with quiet():
         model = PeftModel.from_pretrained(builder._model(base), str(adapters_of(built)[0])).merge_and_unload()
     changed = [n for n, w in weights_of(builder._model(base)).items() if not torch.equal(w, weights_of(model)[n])]
     assert len(changed) == 8
