@@ -19,6 +19,7 @@ from lowra.methods.subspace_intersection import SubspaceIntersection, grid, meth
 from lowra.methods.subspace_intersection.intersection import rank_at_gap
 from lowra.methods.subspace_intersection.noise import rounding_noise, stored_as, ulp
 from lowra.methods.subspace_intersection.ranges import Difference, leading_triplets, low_rank_part
+from lowra.paths import register_resolvers
 
 BASE_STD = 0.04  # rms of the base weights
 UPDATE_STD = 2e-3  # rms of the updates
@@ -478,6 +479,7 @@ def test_snap_options() -> None:
 def test_config_makes_the_method() -> None:
     file = Path(__file__).parents[2] / "conf" / "methods" / "subspace_intersection.yaml"
     assert file.read_text().startswith("# @package methods.subspace_intersection\n")
+    register_resolvers()
     assert hydra.utils.instantiate(OmegaConf.load(file)) == SubspaceIntersection()
 
 

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.ranges import Core
-from lowra.methods.subspace_intersection.solve import Solution, Tangents, conjugate_gradients
-
-# Below this smallest eigenvalue of A the data do not determine W: rounding may make up such a value, and the
-# prediction, which is of first order, no longer holds.
-IDENTIFIABLE = 1e-6
+from lowra.methods.subspace_intersection.solve import IDENTIFIABLE, Solution, Tangents, conjugate_gradients
 
 # Below this one the estimate holds, but its error is much above the rounding of the merges.
 WELL_CONDITIONED = 1e-3

@@ -42,7 +42,7 @@ from lowra.errors import LowraError, unknown
 from lowra.methods.base import Observation, Recovery, Stat, check_observation
 from lowra.methods.spectral_detuning import SpectralDeTuning
 from lowra.methods.subspace_intersection import grid as grids
-from lowra.methods.subspace_intersection.certify import IDENTIFIABLE, WELL_CONDITIONED, Certificate, certify
+from lowra.methods.subspace_intersection.certify import WELL_CONDITIONED, Certificate, certify
 from lowra.methods.subspace_intersection.noise import Noise, joined, rounding_noise, sampled_rows, stored_as
 from lowra.methods.subspace_intersection.ranges import (
     MARGIN,
@@ -387,7 +387,7 @@ def from_three(problem: Problem, parts: list[LowRank]) -> Answer:
     determined = certificate.predicted is not None
     ranks = solution.tangents.ranks
     if certificate.shared_columns or certificate.shared_rows:
-        core = without_shared(core, solution.tangents, IDENTIFIABLE)
+        core = without_shared(core, solution.tangents)
         if core.matrices.numel():
             solution = polish(core, solve(core, None))
             rest = certify(core, solution)

@@ -21,6 +21,10 @@ from lowra.methods.subspace_intersection.ranges import Core, LowRank, dense_svd
 # little to touch the rest (its influence is below the rounding of float64 merges wherever lambda_min > 1e-8).
 PROXIMAL = 1e-10
 
+# Below this smallest eigenvalue of A the data do not determine W: rounding may make up such a value, and the
+# prediction of the error, which is of first order, no longer holds.
+IDENTIFIABLE = 1e-6
+
 # Gauss-Newton steps. The linear solution starts within rounding of the optimum, and the first step does nearly all.
 POLISH_STEPS = 2
 
@@ -62,6 +66,12 @@ class Tangents:
         columns, rows = (complement_sum(side, self.weights) for side in (self.left, self.right))
         return *torch.linalg.eigh(columns), *torch.linalg.eigh(rows)
 
+    def shared(self) -> tuple[int, int]:
+        """Dimensions of the column space and of the row space that all updates have in common."""
+        columns, _, rows, _ = self.kronecker()
+        level = self.left.shape[0] * IDENTIFIABLE
+        return int((columns < level).sum()), int((rows < level).sum())
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -78,9 +88,13 @@ class Solution:
     energy: float
 
     @property
-    def size(self) -> tuple[int, float]:
-        """What a simpler explanation has less of: the sum of the ranks, then what they leave unexplained."""
-        return sum(self.tangents.ranks), self.energy
+    def size(self) -> tuple[int, int, float]:
+        """What a simpler explanation has less of: the sum of the ranks, directions of its own, then what is left over.
+
+        Where updates share directions, weights that are far apart explain the merges by equal ranks, and what they
+        leave over differs by rounding alone: the explanation that shares most is the one named.
+        """
+        return sum(self.tangents.ranks), -sum(self.tangents.shared()), self.energy
 
 
 def complement_sum(bases: Tensor, weights: Tensor) -> Tensor:
@@ -168,7 +182,7 @@ def solve(core: Core, hint: int | None) -> Solution:
     return best
 
 
-def without_shared(core: Core, tangents: Tangents, tolerance: float) -> Core:
+def without_shared(core: Core, tangents: Tangents) -> Core:
     """The core without the directions that all updates share in their column or row spaces.
 
     u^T W is open for a shared column direction u: M_i - u a^T has the same rank for any a. Orthogonal to u the problem
@@ -176,8 +190,8 @@ def without_shared(core: Core, tangents: Tangents, tolerance: float) -> Core:
     """
     n = len(core.noise)
     row_values, row_vectors, column_values, column_vectors = tangents.kronecker()
-    left = row_vectors[:, row_values >= n * tolerance]  # (a, a')
-    right = column_vectors[:, column_values >= n * tolerance]  # (b, b')
+    left = row_vectors[:, row_values >= n * IDENTIFIABLE]  # (a, a')
+    right = column_vectors[:, column_values >= n * IDENTIFIABLE]  # (b, b')
     return replace(
         core,
         left=core.left @ left,
