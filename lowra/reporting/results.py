@@ -54,7 +54,7 @@ class Results:
             text += f" Merged weights stored in {config['merge']['dtype']} (the paper's are float32)."
         if not config["knows_rank"]:
             text += " The LoRA rank is not given to the methods."
-        return text
+        return f"{text} {config['note']}" if config.get("note") else text
 
 
 def load(folder: Path) -> Results:
