@@ -69,7 +69,8 @@ class Run:
 
     def cells(self) -> list[Cell]:
         """All cells of the run, draw by draw, so that a run cut short has whole draws."""
-        return [Cell(draw, name, self._settings(name)) for draw in self.draws for name in self.methods]
+        settings = {name: self._settings(name) for name in self.methods}  # reads the methods' files, so once
+        return [Cell(draw, name, settings[name]) for draw in self.draws for name in self.methods]
 
     def _settings(self, name: str) -> dict[str, Any]:
         cfg = self.cfg
