@@ -58,19 +58,23 @@ def certify(core: Core, solution: Solution) -> Certificate:
     row space only (d - a dimensions), (sum_i w_i P_Vi)^-1; in the column space only (k - b), (sum_i w_i P_Ui)^-1;
     outside of both, the mean of n errors:
 
-        s^2 / (d k) [tr A^-1 + (d - a) tr (sum P_Vi)^-1 + (k - b) tr (sum P_Ui)^-1 + (d - a)(k - b) / n]
+        s^2 / (d k) [c tr A^-1 + (d - a) tr (sum P_Vi)^-1 + (k - b) tr (sum P_Ui)^-1 + (d - a)(k - b) / n]
+
+    with c = 1, or the residuals' mean square inside over that expected where it is larger: weak directions that no
+    update was granted.
     """
     tangents = solution.tangents
     n, a, b = core.matrices.shape
     d, k = core.left.shape[0], core.right.shape[0]
-    row_values, _, column_values, _ = tangents.kronecker()
-    shared_columns, shared_rows = (int((values < n * IDENTIFIABLE).sum()) for values in (row_values, column_values))
+    shared_columns, shared_rows = tangents.shared()
     variance = n / sum(noise.std**-2 for noise in core.noise)
     trace, lambda_min = (math.inf, 0.0) if shared_columns or shared_rows else trace_and_smallest(tangents, a, b)
     predicted = None
     if lambda_min >= IDENTIFIABLE:
-        outside = (d - a) * float((1 / column_values).sum()) + (k - b) * float((1 / row_values).sum())
-        predicted = math.log10(variance * (trace + outside + (d - a) * (k - b) / n) / (d * k))
+        outside = (d - a) * float((1 / tangents.rows[0]).sum()) + (k - b) * float((1 / tangents.columns[0]).sum())
+        freedom = (n - 1) * a * b - sum(r * (a + b - r) for r in tangents.ranks)
+        surplus = max(1.0, solution.energy / (variance * freedom)) if freedom > 0 else 1.0
+        predicted = math.log10(variance * (surplus * trace + outside + (d - a) * (k - b) / n) / (d * k))
     updates = core.matrices - core.matrices.mean(0)
     mean_error = float(updates.square().sum()) / (n * (n - 1) * d * k) + variance / n
     expected = core.matrices.new_tensor([noise.norm(a, b) for noise in core.noise])
@@ -117,12 +121,14 @@ def trace_and_smallest(tangents: Tangents, a: int, b: int) -> tuple[float, float
         signs = torch.randint(0, 2, (a * b, count), generator=generator).mul_(2).sub_(1)
         return signs.to(device, dtype)
 
-    images = rademacher(BLOCK)
-    for _ in range(STEPS):
-        block = torch.linalg.qr(images).Q
-        images = inverse(block)
-    values = torch.linalg.eigvalsh(block.mT @ images)  # Ritz values of A^-1
+    # The first step needs no solution: the preconditioner's inverse is a good enough stand-in for A's.
+    start = rademacher(BLOCK).mT.reshape(-1, a, b) / tangents.scale()
+    block = torch.linalg.qr((tangents.columns[1] @ start @ tangents.rows[1].mT).view(-1, a * b).mT).Q
+    for _ in range(STEPS - 2):
+        block = torch.linalg.qr(inverse(block)).Q
     probes = rademacher(PROBES)
     probes = probes - block @ (block.mT @ probes)
-    rest = float((probes * inverse(probes)).sum()) / PROBES
+    images = inverse(torch.cat([block, probes], 1))
+    values = torch.linalg.eigvalsh(block.mT @ images[:, :BLOCK])  # Ritz values of A^-1
+    rest = float((probes * images[:, BLOCK:]).sum()) / PROBES
     return float(values.sum()) + rest, float(1 / values[-1])

@@ -25,9 +25,9 @@ NEARLY_ALL = 0.97
 
 
 def alignment(estimate: Tensor, dtype: torch.dtype) -> float:
-    """Mean cosine of the phase of the larger half of the entries (rows, k) on a grid; their steps are the widest."""
+    """Mean cosine of the phase of the larger entries (rows, k) on a grid; their steps are the widest."""
     magnitude = estimate.abs()
-    large = estimate[magnitude > magnitude.median()]
+    large = estimate[magnitude >= magnitude.mean()]
     return float((2 * math.pi * large / ulp(large, dtype)).cos().mean()) if large.numel() else 0.0
 
 

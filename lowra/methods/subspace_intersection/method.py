@@ -45,18 +45,21 @@ from lowra.methods.subspace_intersection import grid as grids
 from lowra.methods.subspace_intersection.certify import WELL_CONDITIONED, Certificate, certify
 from lowra.methods.subspace_intersection.noise import Noise, joined, rounding_noise, sampled_rows, stored_as
 from lowra.methods.subspace_intersection.ranges import (
-    MARGIN,
+    MARGINS,
     OVERSAMPLING,
+    Core,
     Difference,
-    LowRank,
+    RowSpace,
     joint_core,
-    leading_triplets,
-    low_rank_part,
+    projected,
     row_blocks,
+    row_space,
+    subtract,
+    triplets,
 )
 from lowra.methods.subspace_intersection.refine import weighted_refinement
 from lowra.methods.subspace_intersection.screen import distinct_models, same_base
-from lowra.methods.subspace_intersection.solve import lift, polish, solve, two_models, without_shared
+from lowra.methods.subspace_intersection.solve import Solution, lift, polish, solve, two_models, without_shared
 
 # Layers of at least this many entries run their passes in float32 where the updates are small enough (see below).
 LARGE = 2**19
@@ -110,8 +113,22 @@ class Estimate:
         """All of it (d, k): float64, or rounded to a grid and held in float32."""
         d, k = self.models.shape[1:]
         out = self.models.new_empty(d, k, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        for block in row_blocks(d, k):
-            out[block] = self.rows(block).to(dtype)
+        right = self.right.mT
+        blocks = row_blocks(d, k, right.dtype)
+        scratch = right.new_empty(2, blocks[0].stop, k)
+        for block in blocks:
+            rest, total = scratch[:, : block.stop - block.start]
+            if out.dtype == total.dtype:
+                total = out[block]
+            torch.mm(self.left[block], right, out=total)
+            first = self.models[0][block]
+            for model, weight in zip(self.models[1:], self.weights[1:], strict=True):
+                total.add_(subtract(model[block], first, rest), alpha=weight)
+            if dtype == torch.float64:
+                out[block].copy_(total).add_(first)
+            else:
+                total.add_(first)
+                out[block].copy_(total if dtype == total.dtype else total.to(dtype))
         return out
 
 
@@ -244,7 +261,7 @@ class SubspaceIntersection:
 def detected_grid(estimate: Estimate, problem: Problem) -> str:
     """The grid of the base weights, told from some rows of the estimate."""
     _, d, k = problem.merged.shape
-    rows = sampled_rows(d, k, problem.merged.device)[:256]
+    rows = sampled_rows(d, k, problem.merged.device)
     return grids.detect(estimate.rows(rows), problem.mean().rows(rows))
 
 
@@ -270,7 +287,8 @@ def refined(problem: Problem, weight: Tensor, ranks: tuple[int, ...], storage: t
     for model, rank in zip(problem.merged, ranks, strict=True):
         columns = min(rank + OVERSAMPLING, *weight.shape)
         rest = Difference(model, weight, torch.float64)
-        left, values, right = leading_triplets(rest, columns, problem.generator)
+        rows = torch.linalg.qr(projected(rest, columns, problem.generator)).Q
+        left, values, right = triplets(rest, rows)
         root = values[:rank].sqrt()
         factors.append((left[:, :rank] * root, right[:, :rank] * root))
     return weighted_refinement(problem.merged, weight, factors, storage)
@@ -295,30 +313,28 @@ def pose(stack: Tensor, storage: torch.dtype, observation: Observation) -> Probl
     )
 
 
-def first_parts(problem: Problem, count: int, known: Sequence[LowRank] = ()) -> list[LowRank]:
-    """Low-rank parts of W'_i - W'_0 for the first `count` models after model 0, beyond those known."""
+def first_parts(problem: Problem, count: int, known: Sequence[RowSpace] = ()) -> list[RowSpace]:
+    """Row spaces of W'_i - W'_0 for the first `count` models after model 0, beyond those known."""
     parts = list(known)
     guess = problem.guess
     for i in range(len(parts) + 1, count + 1):
         guess = max([guess, *(part.rank + OVERSAMPLING // 2 for part in parts)])
         difference = Difference(problem.merged[i], problem.merged[0], problem.dtype)
-        parts.append(low_rank_part(difference, joined(problem.noise[0], problem.noise[i]), guess, problem.generator))
+        parts.append(row_space(difference, joined(problem.noise[0], problem.noise[i]), guess, problem.generator))
     return parts
 
 
-def with_excess_noise(problem: Problem, parts: list[LowRank]) -> tuple[Problem, list[LowRank]]:
+def with_excess_noise(problem: Problem, parts: list[RowSpace]) -> tuple[Problem, list[RowSpace]]:
     """The noise corrected upwards, and the low-rank parts above it.
 
     What a difference leaves beyond its low rank is noise too: where it exceeds what the format explains (updates
     computed in float32, a base that was touched), the larger of the two counts.
     """
-    first, others = problem.noise[0], problem.noise[1:]
-    excess = [max(1.0, part.residual / joined(first, other).std) for part, other in zip(parts, others, strict=True)]
+    expected = [joined(problem.noise[0], other).std for other in problem.noise[1:]]
+    excess = [max(1.0, part.residual / std) for part, std in zip(parts, expected, strict=True)]
     scaled = tuple(level.scaled(x) for level, x in zip(problem.noise, [min(excess), *excess], strict=True))
-    _, d, k = problem.merged.shape
-    kept = [
-        part.above(MARGIN * joined(scaled[0], other).norm(d, k)) for part, other in zip(parts, scaled[1:], strict=True)
-    ]
+    found = [joined(scaled[0], other).std for other in scaled[1:]]
+    kept = [part.raised(now / before) for part, now, before in zip(parts, found, expected, strict=True)]
     return replace(problem, noise=scaled), kept
 
 
@@ -362,11 +378,12 @@ def without_outliers(problem: Problem) -> Answer:
     return answer
 
 
-def from_two(problem: Problem, part: LowRank) -> Answer:
+def from_two(problem: Problem, part: RowSpace) -> Answer:
     """The best guess two models allow."""
     mean = problem.mean()
-    block = two_models(problem.merged[0], problem.merged[1], part)
-    estimate = replace(mean, left=(part.left @ block).to(problem.dtype), right=part.right.to(problem.dtype))
+    left, values, right = triplets(Difference(problem.merged[1], problem.merged[0], problem.dtype), part.right)
+    block = two_models(problem.merged[0], problem.merged[1], left, values, right)
+    estimate = replace(mean, left=(left @ block).to(problem.dtype), right=right.to(problem.dtype))
     return Answer(
         estimate,
         "too_few_models",
@@ -375,13 +392,10 @@ def from_two(problem: Problem, part: LowRank) -> Answer:
     )
 
 
-def from_three(problem: Problem, parts: list[LowRank]) -> Answer:
+def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
     """The closed form on three or more models, with its certificate."""
     problem, parts = with_excess_noise(problem, parts)
-    differences = [Difference(model, problem.merged[0], problem.dtype) for model in problem.merged[1:]]
-    core = joint_core(differences, parts, problem.noise)
-    solution = polish(core, solve(core, problem.hint))
-    certificate = certify(core, solution)
+    core, solution, certificate = solved(problem, parts)
     if certificate.predicted is not None and certificate.predicted > certificate.mean_error:
         return spectral(problem, max(solution.tangents.ranks))
     determined = certificate.predicted is not None
@@ -407,6 +421,19 @@ def from_three(problem: Problem, parts: list[LowRank]) -> Answer:
         certificate.discrepancy,
         certificate.edge,
     )
+
+
+def solved(problem: Problem, parts: list[RowSpace]) -> tuple[Core, Solution, Certificate]:
+    """The core, its solution and certificate, with the smallest margin that identifies W, else the first."""
+    differences = [Difference(model, problem.merged[0], problem.dtype) for model in problem.merged[1:]]
+    attempts = []
+    for margin in MARGINS:
+        core = joint_core(differences, parts, problem.noise, margin)
+        solution = polish(core, solve(core, problem.hint))
+        attempts.append((core, solution, certify(core, solution)))
+        if attempts[-1][2].predicted is not None:
+            return attempts[-1]
+    return attempts[0]
 
 
 def verdict(certificate: Certificate, hint: int | None, rank: int, *, rest: bool) -> tuple[str, str]:
@@ -456,11 +483,12 @@ def all_models(problem: Problem, lead: Answer) -> Answer:
     guess = max(lead.ranks) + OVERSAMPLING
     kept, ranks, lefts, rights = [], [], [], []
     for i, (model, noise) in enumerate(zip(problem.merged, problem.noise, strict=True)):
-        part = low_rank_part(Difference(model, start, problem.dtype), joined(noise, noise), guess, problem.generator)
+        update = Difference(model, start, problem.dtype)
+        part = row_space(update, joined(noise, noise), guess, problem.generator)
         if not part.full:
             kept.append(i)
             ranks.append(part.rank)
-            lefts.append((part.left * part.values).to(problem.dtype))  # (d, r_i)
+            lefts.append(update.times(part.right))  # (d, r_i)
             rights.append(part.right.to(problem.dtype))  # (k, r_i)
     used = problem.subset(kept)
     mean = used.mean()

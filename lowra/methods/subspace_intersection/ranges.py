@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,10 +11,11 @@ from torch import Tensor
 
 from lowra.methods.subspace_intersection.noise import Noise, joined, sampled_rows
 
-# Differences are formed a block of rows at a time, so that no pass allocates another layer.
-BLOCK = 2**19
+# Bytes of the scratch in which a few rows of a difference are formed at a time: it stays in the caches, and no pass
+# allocates another layer.
+SCRATCH = 2**22
 
-# Extra columns of a sketch. One refinement pass makes the number uncritical.
+# Extra columns of a sketch. One refinement makes the number uncritical.
 OVERSAMPLING = 16
 
 # Up to this size (shorter side) a matrix whose rank fills half of it is given to the dense SVD.
@@ -21,9 +24,10 @@ DENSE = 1024
 # A difference with more than this share of its singular values above the noise has no low rank to speak of.
 FULL = 0.9
 
-# A singular value is signal above this many times the estimated norm of the noise. Tuned: at 1.1 three models with
-# spectra that decay into the noise can look unidentified, since the joint bases then hold less than the ranks count.
-MARGIN = 1.25
+# A singular value is signal above this many times the estimated norm of the noise. Where W does not look identified,
+# the next margin is tried: of spectra that decay into the noise the joint bases may hold less than the ranks count, and
+# what lies between two margins is too small to matter.
+MARGINS = (1.1, 1.6, 2.3)
 
 
 @dataclass(frozen=True)
@@ -47,41 +51,55 @@ class Difference:
         """Some rows of the difference, (rows, k)."""
         return self.first[picked].to(self.dtype) - self.second[picked].to(self.dtype)
 
-    def blocks(self) -> list[slice]:
-        """Slices that cover the rows."""
-        return row_blocks(*self.shape)
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """All rows, a block at a time; the next block overwrites the one before."""
+        blocks = row_blocks(*self.shape, self.dtype)
+        scratch = self.first.new_empty(blocks[0].stop, self.shape[1], dtype=self.dtype)
+        for block in blocks:
+            rows = scratch[: block.stop - block.start]
+            yield block, subtract(self.first[block], self.second[block], rows)
 
     def times(self, right: Tensor) -> Tensor:
         """D R for R (k, c): (d, c)."""
         right = right.to(self.dtype)
-        return torch.cat([self.rows(block) @ right for block in self.blocks()])
+        product = right.new_empty(self.shape[0], right.shape[1])
+        for block, rows in self.blocks():
+            torch.mm(rows, right, out=product[block])
+        return product
 
     def transpose_times(self, left: Tensor) -> Tensor:
         """D^T L for L (d, c): (k, c)."""
         left = left.to(self.dtype)
         total = left.new_zeros(self.shape[1], left.shape[1])
-        for block in self.blocks():
-            total.addmm_(self.rows(block).mT, left[block])
+        for block, rows in self.blocks():
+            total.addmm_(rows.mT, left[block])
         return total
 
 
-def row_blocks(rows: int, columns: int) -> list[slice]:
-    """Slices of rows of about `BLOCK` entries."""
-    step = max(1, BLOCK // columns)
+def subtract(first: Tensor, second: Tensor, out: Tensor) -> Tensor:
+    """First - second in the precision of `out`, and into it."""
+    if first.dtype == second.dtype == out.dtype:
+        return torch.sub(first, second, out=out)
+    return out.copy_(first).sub_(second)
+
+
+def row_blocks(rows: int, columns: int, dtype: torch.dtype) -> list[slice]:
+    """Slices of rows of about `SCRATCH` bytes that cover them all."""
+    step = min(rows, max(1, SCRATCH // (columns * dtype.itemsize)))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """The part of a matrix above its noise: left (d, r) diag(values) right^T (k, r).
+class RowSpace:
+    """The row space of a matrix above its noise: right (k, r) orthonormal, with the singular values (r,) > cutoff.
 
     full: nothing of it is noise, or nothing could be told apart: the matrix is not of low rank.
-    residual: root mean square of what is left of it, per degree of freedom.
+    residual: root mean square of what is left of the matrix, per degree of freedom.
     """
 
-    left: Tensor
     values: Tensor
     right: Tensor
+    cutoff: float
     full: bool
     residual: float
 
@@ -90,47 +108,55 @@ class LowRank:
         """Number of singular values above the noise."""
         return self.values.numel()
 
-    def above(self, cutoff: float) -> LowRank:
-        """What remains when the noise turns out larger."""
+    def raised(self, factor: float) -> RowSpace:
+        """What remains when the noise turns out so many times as large."""
+        cutoff = self.cutoff * factor
         rank = int((self.values > cutoff).sum())
-        return replace(self, left=self.left[:, :rank], values=self.values[:rank], right=self.right[:, :rank])
+        return replace(self, values=self.values[:rank], right=self.right[:, :rank], cutoff=cutoff)
 
 
-def low_rank_part(difference: Difference, noise: Noise, guess: int, generator: torch.Generator) -> LowRank:
-    """All singular triplets of a difference above its noise, whatever their number.
+def row_space(difference: Difference, noise: Noise, guess: int, generator: torch.Generator) -> RowSpace:
+    """All row directions of a difference above its noise, whatever their number.
 
-    A randomized range finder with one refinement: project on the range, then take the range of D times the row space
-    found, half a power step (Halko et al. 2011, section 4.5). `guess` columns to begin with, twice as many whenever the
-    last one is still above the noise. A sketch of half the layer or more is replaced by the dense SVD where the layer
-    is small; a large layer that needs one is called full, since no three updates of that rank fit into it.
+    A randomized range finder and one projection on the range found (Halko et al. 2011, sections 4.1 and 5.1). Who works
+    on with D times these rows takes the half power step that makes the extra columns uncritical. `guess` columns to
+    begin with, twice as many whenever the last one is still above the noise. A sketch of half the layer or more is
+    replaced by the dense SVD where the layer is small; a large layer that needs one is called full, since no three
+    updates of that rank fit into it.
     """
     d, k = difference.shape
-    device = difference.first.device
-    cutoff = MARGIN * noise.norm(d, k)
     columns, crowded = guess, True
     while crowded and 2 * columns < min(d, k):
-        left, values, right = leading_triplets(difference, columns, generator)
-        crowded = bool(values[-1] > cutoff)
+        # D^T Q with Q from D itself leans to the larger singular values of the noise: d + k in the mean square, not k.
+        cutoff = MARGINS[0] * noise.norm(d + k, columns)
+        right, values, _ = thin_svd(projected(difference, columns, generator), cutoff)
+        crowded = values.numel() == columns
         columns *= 2
     if crowded and min(d, k) <= DENSE:
-        left, values, right = dense_svd(difference.rows(slice(None)).double())
+        cutoff = MARGINS[0] * noise.norm(d, k)
+        right, values, _ = thin_svd(difference.rows(slice(None)).double().mT, cutoff)
         crowded = False
-    rank = int((values > cutoff).sum())
-    left, values, right = left[:, :rank], values[:rank], right[:, :rank]
-    picked = sampled_rows(d, k, device)[:256]
-    rest = difference.rows(picked).double() - (left[picked] * values) @ right.mT  # (rows, k)
+    rank = values.numel()
     full = crowded or rank > FULL * min(d, k)
+    rows = difference.rows(sampled_rows(d, k, difference.first.device))
+    basis = right.to(rows.dtype)
+    rest = rows - (rows @ basis) @ basis.mT  # (rows, k)
+    # The row space takes in what noise the column space has, so that as many rows are free of it.
     freedom = (1 - rank / d) * (1 - rank / k)
-    return LowRank(left, values, right, full, 0.0 if full else float(rest.square().mean() / freedom) ** 0.5)
+    residual = 0.0 if full else math.sqrt(float(rest.double().square().mean()) / freedom)
+    return RowSpace(values, right, cutoff, full, residual)
 
 
-def leading_triplets(difference: Difference, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The range finder: left (d, p), values (p,), right (k, p) for p = `columns`, the last ones inexact."""
+def projected(difference: Difference, columns: int, generator: torch.Generator) -> Tensor:
+    """D^T Q (k, p) with Q an orthonormal basis of D times p = `columns` random vectors."""
     sketch = torch.randn(difference.shape[1], columns, generator=generator).to(difference.first.device)
-    basis = torch.linalg.qr(difference.times(sketch)).Q  # (d, p)
-    basis = torch.linalg.qr(difference.transpose_times(basis)).Q  # (k, p)
-    left, values, small = thin_svd(difference.times(basis))
-    return left, values, basis.double() @ small
+    return difference.transpose_times(torch.linalg.qr(difference.times(sketch)).Q)
+
+
+def triplets(difference: Difference, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triplets of D on a row space: left (d, p), values (p,), right (k, p) for orthonormal rows (k, p)."""
+    left, values, mix = thin_svd(difference.times(rows))
+    return left, values, rows.double() @ mix
 
 
 def dense_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,11 +165,26 @@ def dense_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left, values, right.mT
 
 
-def thin_svd(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD of a tall matrix (d, p) in float64, by QR first: the SVD then works on p x p."""
-    basis, triangle = torch.linalg.qr(tall.double())
-    left, values, right = dense_svd(triangle)
-    return basis @ left, values, right
+def thin_svd(tall: Tensor, cutoff: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triplets above a cutoff of a tall matrix (d, p): left (d, r), values (r,), right (p, r), in float64.
+
+    A float64 matrix goes through QR. A float32 one carries errors of 2^-24 of its largest singular value, and what is
+    above them shows in its Gram matrix in float64, too, which is half the work. The left vectors found so are
+    orthonormal only as far as the small eigenvalues are exact; a Cholesky factor makes them so.
+    """
+    if tall.dtype == torch.float64:
+        basis, triangle = torch.linalg.qr(tall)
+        left, values, right = dense_svd(triangle)
+        rank = int((values > cutoff).sum())
+        return basis @ left[:, :rank], values[:rank], right[:, :rank]
+    tall = tall.double()
+    squares, right = torch.linalg.eigh(tall.mT @ tall)
+    values, right = squares.clamp(min=0).sqrt().flip(0), right.flip(1)
+    rank = int((values > max(cutoff, torch.finfo(torch.float32).eps * float(values[:1].sum()))).sum())
+    values, right = values[:rank], right[:, :rank]
+    left = tall @ (right / values)
+    triangle = torch.linalg.cholesky(left.mT @ left, upper=True)
+    return torch.linalg.solve_triangular(triangle, left, upper=True, left=False), values, right
 
 
 @dataclass(frozen=True)
@@ -154,59 +195,66 @@ class Core:
     and matrices[i] = left^T D_i right, (n, a, b) float64, the first of which is zero. An estimate X (a, b) of
     left^T (W - W'_0) right is what is left to find.
 
-    below: (n, d, b), the part of D_i right outside of left; beside: (n, k, a), that of D_i^T left outside of right.
-        Only noise, but noise that enters the least squares: see `solve.lift`.
-    noise: rounding of each model; weights: (n, 1, 1), its inverse variances, of mean 1.
+    below: (d, b) each, the part of D_i right outside of left; beside: (k, a) each, that of D_i^T left outside of right,
+        for i >= 1. Only noise, but noise that enters the least squares: see `solve.lift`.
+    noise: rounding of each model; weights: (n, 1, 1), its inverse variances, of mean 1. margin: see `MARGINS`.
     """
 
     left: Tensor
     right: Tensor
     matrices: Tensor
-    below: Tensor
-    beside: Tensor
+    below: tuple[Tensor, ...]
+    beside: tuple[Tensor, ...]
     noise: tuple[Noise, ...]
     weights: Tensor
+    margin: float
 
     def cutoffs(self) -> Tensor:
         """(n,): spectral norm of each model's noise inside the core, above which a singular value is signal."""
         sizes = self.matrices.shape[1:]
-        return self.matrices.new_tensor([MARGIN * noise.norm(*sizes) for noise in self.noise])
+        return self.matrices.new_tensor([self.margin * noise.norm(*sizes) for noise in self.noise])
 
     def mean(self, models: Tensor) -> Tensor:
         """Weighted mean of (n, ., .) over the models."""
         return (self.weights.to(models.dtype) * models).mean(0)
 
 
-def joint_core(differences: list[Difference], factors: list[LowRank], noise: tuple[Noise, ...]) -> Core:
-    """Bases from the low-rank parts of the differences to model 0, then the core from the data itself.
+def joint_core(differences: list[Difference], rows: list[RowSpace], noise: tuple[Noise, ...], margin: float) -> Core:
+    """Joint bases from the row spaces of the differences to model 0, then the core from the data itself.
 
-    The core is computed from the merged weights, not from the factors, so that the whole noise of every model enters
-    it: the least squares that follow average it out.
+    The column spaces are those of D_i times the joint rows, the half power step that `row_space` leaves to do. The core
+    is computed from the merged weights, not from any factors, so that the whole noise of every model enters it: the
+    least squares that follow average it out.
     """
-    d, k = differences[0].shape
-    cutoff = MARGIN * min(joined(noise[0], other).norm(d, k) for other in noise[1:])
-    left = spanned([part.left * part.values for part in factors], cutoff)  # (d, a)
-    right = spanned([part.right * part.values for part in factors], cutoff)  # (k, b)
-    below, beside, cores = [], [], []
-    for difference in differences:
-        image = difference.times(right)  # (d, b)
-        cores.append(left.mT @ image.double())
-        below.append(image - (left @ cores[-1]).to(image.dtype))
-        image = difference.transpose_times(left)  # (k, a)
-        beside.append(image - (right @ cores[-1].mT).to(image.dtype))
-    precision = left.new_tensor([noise.std**-2 for noise in noise])
+    least = min((joined(noise[0], other) for other in noise[1:]), key=lambda level: level.std)
+    right = spanned([(space.right * space.values).to(differences[0].dtype) for space in rows], least, margin)  # (k, b)
+    images = [difference.times(right) for difference in differences]  # (d, b) each
+    turns = [right.mT @ space.right for space in rows]  # (b, r_i) each
+    left = spanned(
+        [image @ turn.to(image.dtype) for image, turn in zip(images, turns, strict=True)], least, margin
+    )  # (d, a)
+    cores = [left.mT @ image.double() for image in images]
+    below = tuple(
+        image.sub_(left.to(image.dtype) @ core.to(image.dtype)) for image, core in zip(images, cores, strict=True)
+    )
+    turned = (difference.transpose_times(left) for difference in differences)  # (k, a) each
+    beside = tuple(
+        image.sub_(right.to(image.dtype) @ core.mT.to(image.dtype)) for image, core in zip(turned, cores, strict=True)
+    )
+    precision = left.new_tensor([level.std**-2 for level in noise])
     return Core(
         left,
         right,
         torch.stack([torch.zeros_like(cores[0]), *cores]),
-        torch.stack([torch.zeros_like(below[0]), *below]),
-        torch.stack([torch.zeros_like(beside[0]), *beside]),
+        below,
+        beside,
         noise,
         (precision / precision.mean()).view(-1, 1, 1),
+        margin,
     )
 
 
-def spanned(pieces: list[Tensor], cutoff: float) -> Tensor:
-    """Orthonormal basis of the columns of all pieces (d, r_i) together, as far as they rise above the cutoff."""
-    left, values, _ = thin_svd(torch.cat(pieces, 1))
-    return left[:, : int((values > cutoff).sum())]
+def spanned(pieces: list[Tensor], noise: Noise, margin: float) -> Tensor:
+    """Orthonormal basis of the columns of all pieces (d, r_i) together, as far as they rise above the noise."""
+    together = torch.cat(pieces, 1)
+    return thin_svd(together, margin * noise.norm(*together.shape))[0]

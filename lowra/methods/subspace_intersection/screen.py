@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.noise import Noise, joined
-from lowra.methods.subspace_intersection.ranges import Difference, low_rank_part
+from lowra.methods.subspace_intersection.ranges import Difference, row_space
 
 
 def distinct_models(stack: Tensor) -> list[int]:
@@ -29,9 +29,7 @@ def same_base(
     the first group whose first member it differs from by a low rank.
     """
     low_rank = {
-        (i, j): not low_rank_part(
-            Difference(stack[i], stack[j], dtype), joined(noise[i], noise[j]), guess, generator
-        ).full
+        (i, j): not row_space(Difference(stack[i], stack[j], dtype), joined(noise[i], noise[j]), guess, generator).full
         for i, j in combinations(range(stack.shape[0]), 2)
     }
     groups: list[list[int]] = []
