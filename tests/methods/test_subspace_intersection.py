@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lowra.methods.subspace_intersection import SubspaceIntersection, grid, meth
 from lowra.methods.subspace_intersection.intersection import rank_at_gap
 from lowra.methods.subspace_intersection.noise import rounding_noise, stored_as, ulp
 from lowra.methods.subspace_intersection.ranges import Difference, row_space, thin_svd, triplets
+from lowra.methods.subspace_intersection.refine import Fit, weighted_refinement
 from lowra.paths import register_resolvers
 
 BASE_STD = 0.04  # rms of the base weights
@@ -189,6 +190,59 @@ def test_weighted_refinement_goes_below_the_floor() -> None:
     exact = [float((r.candidates[0].double() == layer.base).double().mean()) for r in (plain, refined)]
     assert layer.error(refined) < layer.floor() - 0.5
     assert exact[1] > exact[0] + 0.02
+
+
+def test_the_weighted_fit_has_the_derivatives_it_claims() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    stack, precision = draw(3, 9, 7), draw(3, 9, 7).exp()
+    fit = Fit(stack, precision, precision.sum(0))
+    factors, change = ([(draw(9, r), draw(7, r)) for r in (2, 0, 3)] for _ in range(2))
+
+    def objective(flat: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
+        rests = stack - model(flat)
+        weight = (precision * rests).sum(0) / precision.sum(0)
+        return (precision * (rests - weight).square()).sum() / 2
+
+    def pack(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        return torch.cat([part.flatten() for pair in pairs for part in pair])
+
+    def model(flat: Tensor) -> Tensor:
+        parts = iter(flat.split([part.numel() for pair in factors for part in pair]))
+        return torch.stack([next(parts).view(left.shape) @ next(parts).view(right.shape).T for left, right in factors])
+
+    start = pack(factors)
+    slope, value = fit.slope(factors)
+    torch.testing.assert_close(torch.tensor(value / 2, dtype=torch.float64), objective(start, model))
+    torch.testing.assert_close(-pack(slope), torch.func.grad(objective)(start, model))
+    # Gauss-Newton: the second derivative with the model replaced by its tangent.
+    tangent = torch.func.jacfwd(model)(start)
+    linear = torch.func.hessian(objective)(start, lambda flat: model(start) + tangent @ (flat - start))
+    torch.testing.assert_close(pack(fit.curvature(factors, change)), linear @ pack(change))
+    for block, (rows, columns) in zip(fit.blocks(factors), [(2, 2), (0, 0), (3, 3)], strict=True):
+        assert [triangle.shape[-1] for triangle in block] == [rows, columns]
+    first = fit.blocks(factors)[0][0][4]  # the fifth row of the first left factor, at 8 and 9 of the flat vector
+    torch.testing.assert_close(first @ first.T, linear[8:10, 8:10], rtol=1e-7, atol=0)  # the ridge is 1e-9
+
+
+def test_the_weighted_fit_settles() -> None:
+    layer = Layer((40, 48), [4] * 3)
+    recovery = recover(layer, snap="none", refine="none")
+    rests = layer.merged.double() - recovery.candidates[0]
+    factors = []
+    for left, values, right in (torch.linalg.svd(rest) for rest in rests):
+        factors.append((left[:, :4] * values[:4], right[:4].T))
+    once = weighted_refinement(layer.merged, factors, torch.float32)
+    assert log_error(once, layer.base) < layer.error(recovery) - 0.05
+    # A second run from the answer finds nothing more worth having: a hundredth of the rounding.
+    again = [
+        (left, torch.linalg.lstsq(left, merged.double() - once).solution.T)
+        for merged, (left, _) in zip(layer.merged, factors, strict=True)
+    ]
+    assert log_error(weighted_refinement(layer.merged, again, torch.float32), once) < layer.floor() - 1
 
 
 def test_three_models_first_then_all(monkeypatch: pytest.MonkeyPatch) -> None:

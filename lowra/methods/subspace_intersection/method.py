@@ -51,6 +51,7 @@ from lowra.methods.subspace_intersection.ranges import (
     Difference,
     RowSpace,
     joint_core,
+    outside_columns,
     projected,
     row_blocks,
     row_space,
@@ -59,7 +60,15 @@ from lowra.methods.subspace_intersection.ranges import (
 )
 from lowra.methods.subspace_intersection.refine import weighted_refinement
 from lowra.methods.subspace_intersection.screen import distinct_models, same_base
-from lowra.methods.subspace_intersection.solve import Solution, lift, polish, solve, two_models, without_shared
+from lowra.methods.subspace_intersection.solve import (
+    Solution,
+    columns_matter,
+    lift,
+    polish,
+    solve,
+    two_models,
+    without_shared,
+)
 
 # Layers of at least this many entries run their passes in float32 where the updates are small enough (see below).
 LARGE = 2**19
@@ -291,7 +300,7 @@ def refined(problem: Problem, weight: Tensor, ranks: tuple[int, ...], storage: t
         left, values, right = triplets(rest, rows)
         root = values[:rank].sqrt()
         factors.append((left[:, :rank] * root, right[:, :rank] * root))
-    return weighted_refinement(problem.merged, weight, factors, storage)
+    return weighted_refinement(problem.merged, factors, storage)
 
 
 def pose(stack: Tensor, storage: torch.dtype, observation: Observation) -> Problem:
@@ -395,21 +404,25 @@ def from_two(problem: Problem, part: RowSpace) -> Answer:
 def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
     """The closed form on three or more models, with its certificate."""
     problem, parts = with_excess_noise(problem, parts)
-    core, solution, certificate = solved(problem, parts)
+    differences = [Difference(model, problem.merged[0], problem.dtype) for model in problem.merged[1:]]
+    core, solution, certificate = solved(problem, differences, parts)
     if certificate.predicted is not None and certificate.predicted > certificate.mean_error:
         return spectral(problem, max(solution.tangents.ranks))
     determined = certificate.predicted is not None
-    ranks = solution.tangents.ranks
+    ranks, joint_rows = solution.tangents.ranks, core.right
     if certificate.shared_columns or certificate.shared_rows:
-        core = without_shared(core, solution.tangents)
+        # The hint is a rank of updates that hold what they share; it blurs which directions those are.
+        unhinted = solution if problem.hint is None else polish(core, solve(core, None))
+        core = without_shared(core, unhinted.tangents)
         if core.matrices.numel():
             solution = polish(core, solve(core, None))
             rest = certify(core, solution)
             determined = rest.lambda_min > WELL_CONDITIONED and not rest.ambiguous
     estimate = problem.mean()
     if determined:
-        left, right = lift(core, solution)
-        estimate = replace(estimate, left=left.to(problem.dtype), right=right.to(problem.dtype))
+        matter = columns_matter(core, solution.tangents)
+        left, right = lift(core, solution, outside_columns(differences, core.left, joint_rows) if matter else None)
+        estimate = replace(estimate, left=left, right=right)
     code, sentence = verdict(certificate, problem.hint, max(ranks), rest=determined)
     return Answer(
         estimate,
@@ -423,9 +436,10 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
     )
 
 
-def solved(problem: Problem, parts: list[RowSpace]) -> tuple[Core, Solution, Certificate]:
+def solved(
+    problem: Problem, differences: list[Difference], parts: list[RowSpace]
+) -> tuple[Core, Solution, Certificate]:
     """The core, its solution and certificate, with the smallest margin that identifies W, else the first."""
-    differences = [Difference(model, problem.merged[0], problem.dtype) for model in problem.merged[1:]]
     attempts = []
     for margin in MARGINS:
         core = joint_core(differences, parts, problem.noise, margin)

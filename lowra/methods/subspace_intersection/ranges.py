@@ -69,7 +69,7 @@ class Difference:
 
     def transpose_times(self, left: Tensor) -> Tensor:
         """D^T L for L (d, c): (k, c)."""
-        left = left.to(self.dtype)
+        left = left.to(self.dtype).contiguous()  # the columns of a QR are not, which some products take badly
         total = left.new_zeros(self.shape[1], left.shape[1])
         for block, rows in self.blocks():
             total.addmm_(rows.mT, left[block])
@@ -195,8 +195,8 @@ class Core:
     and matrices[i] = left^T D_i right, (n, a, b) float64, the first of which is zero. An estimate X (a, b) of
     left^T (W - W'_0) right is what is left to find.
 
-    below: (d, b) each, the part of D_i right outside of left; beside: (k, a) each, that of D_i^T left outside of right,
-        for i >= 1. Only noise, but noise that enters the least squares: see `solve.lift`.
+    below: (d, b) each for i >= 1, the part of D_i right outside of left. Only noise, but noise that enters the least
+        squares: see `solve.lift`.
     noise: rounding of each model; weights: (n, 1, 1), its inverse variances, of mean 1. margin: see `MARGINS`.
     """
 
@@ -204,7 +204,6 @@ class Core:
     right: Tensor
     matrices: Tensor
     below: tuple[Tensor, ...]
-    beside: tuple[Tensor, ...]
     noise: tuple[Noise, ...]
     weights: Tensor
     margin: float
@@ -237,21 +236,22 @@ def joint_core(differences: list[Difference], rows: list[RowSpace], noise: tuple
     below = tuple(
         image.sub_(left.to(image.dtype) @ core.to(image.dtype)) for image, core in zip(images, cores, strict=True)
     )
-    turned = (difference.transpose_times(left) for difference in differences)  # (k, a) each
-    beside = tuple(
-        image.sub_(right.to(image.dtype) @ core.mT.to(image.dtype)) for image, core in zip(turned, cores, strict=True)
-    )
     precision = left.new_tensor([level.std**-2 for level in noise])
     return Core(
         left,
         right,
         torch.stack([torch.zeros_like(cores[0]), *cores]),
         below,
-        beside,
         noise,
         (precision / precision.mean()).view(-1, 1, 1),
         margin,
     )
+
+
+def outside_columns(differences: list[Difference], left: Tensor, right: Tensor) -> list[Tensor]:
+    """The part of D_i^T left outside of right, (k, a) each: to the columns what `Core.below` is to the rows."""
+    images = (difference.transpose_times(left) for difference in differences)
+    return [image.sub_((right @ (right.mT @ image.double())).to(image.dtype)) for image in images]
 
 
 def spanned(pieces: list[Tensor], noise: Noise, margin: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,6 +25,11 @@ PROXIMAL = 1e-10
 # Below this smallest eigenvalue of A the data do not determine W: rounding may make up such a value, and the
 # prediction of the error, which is of first order, no longer holds.
 IDENTIFIABLE = 1e-6
+
+# Where columns need not be refined (see `columns_matter`): share of the layer, and smallest eigenvalue of A's column
+# side, over n. On planted layers with such spaces the refinement gained 0.003 of W-Error.
+SLIVER = 0.1
+WELL_APART = 1 / 6
 
 # Gauss-Newton steps. The linear solution starts within rounding of the optimum, and the first step does nearly all.
 POLISH_STEPS = 2
@@ -226,7 +231,6 @@ def without_shared(core: Core, tangents: Tangents) -> Core:
         right=core.right @ right,
         matrices=left.mT @ core.matrices @ right,
         below=tuple(part @ right.to(part.dtype) for part in core.below),
-        beside=tuple(part @ left.to(part.dtype) for part in core.beside),
     )
 
 
@@ -298,13 +302,28 @@ def conjugate_gradients(tangents: Tangents, target: Tensor, tolerance: float, it
     return columns @ z @ rows.mT
 
 
-def lift(core: Core, solution: Solution) -> tuple[Tensor, Tensor]:
-    """What W adds to the weighted mean of the merged weights, as factors (d, a + b) and (k, a + b).
+def columns_matter(core: Core, tangents: Tangents) -> bool:
+    """Whether the columns outside of right are worth another pass over the data (see `lift`).
+
+    Independent updates leave the mean there with at most an eighth more variance than least squares, and that in a
+    share a / d of the layer. It is more where column spaces are nearly shared or models of unlike rounding.
+    """
+    n = len(core.noise)
+    d, a = core.left.shape
+    levels = [noise.std for noise in core.noise]
+    apart = float(tangents.columns[0].min()) > WELL_APART * n
+    return a > SLIVER * d or max(levels) > 2 * min(levels) or not apart
+
+
+def lift(core: Core, solution: Solution, beside: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """What W adds to the weighted mean of the merged weights, as factors (d, q) and (k, q) with q = a + b, or b.
 
     Inside both joint subspaces that is X less the mean of the C_i. With the spaces U_i, V_i known, the blocks inside
     only one of them are least squares too: a row outside of all column spaces, z_i = W'_i's row in the coordinates of
     right, obeys (z_i - z) P_Vi = noise, so z = sum_i w_i z_i P_Vi (sum_i w_i P_Vi)^-1 rather than the mean. Outside of
     both the mean is the best estimate.
+
+    beside: (k, a) each for i >= 1, from `outside_columns`; without them the mean stays there too.
     """
     n = len(core.noise)
     tangents = solution.tangents
@@ -312,7 +331,7 @@ def lift(core: Core, solution: Solution) -> tuple[Tensor, Tensor]:
     dtype = core.below[0].dtype
     left, right = core.left.to(dtype), core.right.to(dtype)
 
-    def refined(total: Tensor, outside: tuple[Tensor, ...], bases: Tensor, spectrum: tuple[Tensor, Tensor]) -> Tensor:
+    def refined(total: Tensor, outside: Sequence[Tensor], bases: Tensor, spectrum: tuple[Tensor, Tensor]) -> Tensor:
         """Add z less the mean of the z_i to a total (rows, m); outside: z_i (rows, m) each, bases: (n, m, r)."""
         values, vectors = spectrum
         inverse = torch.where(values > n * PROXIMAL**0.5, 1 / values, 1 / n)  # the mean, where nothing is known
@@ -324,5 +343,7 @@ def lift(core: Core, solution: Solution) -> tuple[Tensor, Tensor]:
 
     inner = left @ (solution.x - core.mean(core.matrices)).to(dtype)  # (d, b)
     below = refined(inner, core.below, tangents.right, tangents.rows)
-    beside = refined(torch.zeros_like(core.beside[0]), core.beside, tangents.left, tangents.columns)
-    return torch.cat([below, left], 1), torch.cat([right, beside], 1)
+    if beside is None:
+        return below, right
+    across = refined(torch.zeros_like(beside[0]), beside, tangents.left, tangents.columns)
+    return torch.cat([below, left], 1), torch.cat([right, across], 1)
