@@ -245,6 +245,16 @@ def test_the_weighted_fit_settles() -> None:
     assert log_error(weighted_refinement(layer.merged, again, torch.float32), once) < layer.floor() - 1
 
 
+def test_a_large_layer_nearly_filled_by_its_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "DENSE", 0)
+    layer = Layer((128, 128), [38] * 3)
+    told = recover(layer, rank=38, snap="none", refine="none")
+    assert layer.error(told) == pytest.approx(told.stats["predicted_w_error"], abs=0.1)
+    assert (
+        recover(layer).stats["certificate"] == "not_identifiable"
+    )  # unknown ranks are looked for up to half the layer
+
+
 def test_three_models_first_then_all(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer((128, 128), [8] * 8)
     flat = recover(layer, snap="none", refine="none")

@@ -120,13 +120,15 @@ def row_space(difference: Difference, noise: Noise, guess: int, generator: torch
 
     A randomized range finder and one projection on the range found (Halko et al. 2011, sections 4.1 and 5.1). Who works
     on with D times these rows takes the half power step that makes the extra columns uncritical. `guess` columns to
-    begin with, twice as many whenever the last one is still above the noise. A sketch of half the layer or more is
-    replaced by the dense SVD where the layer is small; a large layer that needs one is called full, since no three
-    updates of that rank fit into it.
+    begin with, twice as many whenever the last one is still above the noise. Instead of growing to half the layer the
+    sketch is replaced by the dense SVD where the layer is small; a large one that needs more is called full, unless the
+    guess was as large.
     """
     d, k = difference.shape
-    columns, crowded = guess, True
-    while crowded and 2 * columns < min(d, k):
+    half = min(d, k) // 2
+    columns, crowded = min(guess, 2 * half), True
+    limit = half if min(d, k) <= DENSE else max(half, columns + 1)
+    while crowded and columns < limit:
         # D^T Q with Q from D itself leans to the larger singular values of the noise: d + k in the mean square, not k.
         cutoff = MARGINS[0] * noise.norm(d + k, columns)
         right, values, _ = thin_svd(projected(difference, columns, generator), cutoff)
