@@ -267,6 +267,22 @@ def test_three_models_first_then_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert -0.05 < staged.stats["predicted_w_error"] - layer.error(staged) < 0.3
 
 
+def test_another_three_where_the_first_nearly_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer((128, 128), [8] * 8)
+    # Model 1 nearly has the column space of model 0: cosines of 1 - 5e-5.
+    left, values, _ = torch.linalg.svd(layer.updates[0])
+    own, _, right = torch.linalg.svd(layer.updates[1])
+    layer.updates[1] = (left[:, :8] + 0.01 * own[:, :8]) * values[:8] @ right[:8]
+    layer.merged = (layer.base + layer.updates).float()
+    monkeypatch.setattr(method, "WIDE", 16)
+    recovery = recover(layer, snap="none", refine="none")
+    assert recovery.status.startswith("Certified on three models, then averaged over 8")
+    assert recovery.stats["lambda_min"] > method.LEAD_CONDITION
+    assert layer.error(recovery) < layer.floor() + 0.15
+    monkeypatch.setattr(method, "LEADS", 1)
+    assert recover(layer, snap="none", refine="none").status.startswith("Certified: ")  # all at once
+
+
 def test_three_models_first_names_a_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer((128, 128), [8] * 8)
     layer.merged[6] = Layer((128, 128), [8], seed=1).merged[0]

@@ -86,8 +86,9 @@ WIDE = 256
 LOW_SIGNAL = 7.0
 SPECTRAL_STEPS = 300
 
-# Three models are solved first only if that is this well conditioned; otherwise all at once.
+# Three models are solved first only if that is this well conditioned. So many threes are tried; then all at once.
 LEAD_CONDITION = 0.05
+LEADS = 3
 
 # Singular values of the updates end in a clear edge, not in the noise, when the last one is this far above the cutoff.
 CLEAR_EDGE = 30.0
@@ -353,8 +354,8 @@ def closed_form(problem: Problem) -> Answer:
     parts = first_parts(problem, min(n, 3) - 1)
     if not any(part.full for part in parts) and n > 4 and n * max(part.rank for part in parts) > 2 * WIDE:
         # Wide cores: each difference holds two updates.
-        answer = from_three(problem.subset([0, 1, 2]), parts)
-        if answer.certificate == "certified" and (answer.lambda_min or 0) > LEAD_CONDITION:
+        answer = well_conditioned_three(problem, parts)
+        if answer is not None:
             return all_models(problem, answer)
     if not any(part.full for part in parts):
         parts = first_parts(problem, n - 1, parts)
@@ -482,6 +483,18 @@ def verdict(certificate: Certificate, hint: int | None, rank: int, *, rest: bool
             f"{certificate.lambda_min:.0e}), which raises the rounding of the merges; {expected}."
         )
     return "certified", f"Certified: W is determined by the merges; {expected}."
+
+
+def well_conditioned_three(problem: Problem, parts: list[RowSpace]) -> Answer | None:
+    """The answer from the first three models that are well conditioned, the parts of the very first three known."""
+    for start in range(0, min(3 * LEADS, len(problem.labels) - 2), 3):
+        three = problem.subset([start, start + 1, start + 2])
+        own = parts if start == 0 else first_parts(three, 2)
+        if not any(part.full for part in own):
+            answer = from_three(three, own)
+            if answer.certificate == "certified" and (answer.lambda_min or 0) > LEAD_CONDITION:
+                return answer
+    return None
 
 
 def all_models(problem: Problem, lead: Answer) -> Answer:
