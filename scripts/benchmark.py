@@ -1,6 +1,6 @@
 """Time and memory of recovery, reading and merging, side by side in one run on this machine.
 
-    python scripts/benchmark.py            all of it, about 8 minutes on 2 quiet cores
+    python scripts/benchmark.py            all of it, about 6 minutes on 2 quiet cores
     python scripts/benchmark.py --quick    small shapes, under a minute: does it run, and roughly how fast
     python scripts/benchmark.py --only read merge
 

@@ -1,6 +1,6 @@
 """How robust is subspace intersection, and can its certificate be trusted? Planted layers, many seeds, one program.
 
-    python scripts/robustness.py            # all cases, 5 seeds: some minutes
+    python scripts/robustness.py            # all cases, 20 seeds: two minutes on 2 cores
     python scripts/robustness.py --quick    # every case once
 
 Three groups of planted layers (256 x 256 unless said, rank 16, W ~ N(0, 0.04^2), rms(M) = 2e-3, float32 merges):
@@ -35,8 +35,9 @@ from lowra.methods.subspace_intersection import SubspaceIntersection
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# The worst draw may miss the prototype's number, mostly one draw, by this much.
-ALLOWANCE = 0.15
+# The prototype's numbers are mostly of one draw: the median may miss them by this much, and single draws by that much
+# before they are listed.
+ALLOWANCE, DRAW_ALLOWANCE = 0.05, 0.15
 
 # The prototype's number is below this where W is identified.
 IDENTIFIED = -10
@@ -234,15 +235,20 @@ def summarise(cases: pd.DataFrame) -> tuple[str, pd.DataFrame]:
         "| case | n | rank | floor | mean | W-Error | worst | predicted | prototype | certificate |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    regressions = []
+    regressions, bad_draws, drawn = [], [], 0
     robust = cases[cases.group == "robustness"]
     for (name, n, rank_told), rows in robust.groupby(["case", "n", "rank_told"], sort=False):
         error, prototype = rows.w_error.median(), rows.prototype_w_error.iloc[0]
         floor, mean = rows.floor_w_error.median(), rows.mean_w_error.median()
         identified = not rows.predicted_w_error.isna().any()
         worst = rows.w_error.max()
-        if prototype < IDENTIFIED and worst > prototype + ALLOWANCE:
-            regressions.append(f"{name}, n = {n}, rank {told[rank_told]} ({worst:.2f}, prototype {prototype:.2f})")
+        if prototype < IDENTIFIED:
+            what = f"{name}, n = {n}, rank {told[rank_told]}"
+            drawn += len(rows)
+            if error > prototype + ALLOWANCE:
+                regressions.append(f"{what} ({error:.2f}, prototype {prototype:.2f})")
+            bad = rows.w_error[rows.w_error > prototype + DRAW_ALLOWANCE]
+            bad_draws += [f"{what} ({draw:.2f}, prototype {prototype:.2f})" for draw in bad]
         predicted = f"{rows.predicted_w_error.median():.2f}" if identified else ""
         lines.append(
             f"| {name} | {n} | {told[rank_told]} | {floor:.2f} | {mean:.2f} | {error:.2f} "
@@ -291,8 +297,10 @@ def summarise(cases: pd.DataFrame) -> tuple[str, pd.DataFrame]:
         "",
         f"- correlation at least 0.99 on certified cases: {correlation:.4f}, {verdict[correlation >= 0.99]}",
         f"- no certified case worse than predicted by 1: {worse} cases, {verdict[not worse]}",
-        f"- no draw of an identified case above the prototype's number by more than {ALLOWANCE}: "
+        f"- no identified case with a median above the prototype's number by more than {ALLOWANCE}: "
         + (f"MISSED in {'; '.join(regressions)}" if regressions else "reached"),
+        f"- single draws above it by more than {DRAW_ALLOWANCE}: {len(bad_draws)} of {drawn}"
+        + (f": {'; '.join(bad_draws)}" if bad_draws else ""),
         "",
     ]
     return "\n".join(lines), claimed
@@ -320,7 +328,7 @@ def main() -> None:
     """Run the cases and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed, fewer random layers")
-    parser.add_argument("--seeds", type=int, default=5, help="draws of each case")
+    parser.add_argument("--seeds", type=int, default=20, help="draws of each case")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "robustness")
     arguments = parser.parse_args()
     seeds = 1 if arguments.quick else arguments.seeds
