@@ -103,20 +103,25 @@ def test_a_second_run_computes_nothing(custom: Configure, monkeypatch: pytest.Mo
     pd.testing.assert_frame_equal(first, pd.read_parquet(pipeline.run(custom()) / "layers.parquet"))
 
 
-def test_a_killed_run_continues_at_the_layer(custom: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, done = pipeline.recover_layer, []
+def kill_after(layers: int, cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """Interrupt a run after so many layers: the indices recovered until then, and a list for those recovered later."""
+    real, done, again = pipeline.recover_layer, [], []
 
-    def killed_at_the_fifth(*arguments: Any) -> Any:
-        if len(done) == 4:
+    def killed(*arguments: Any) -> Any:
+        if len(done) == layers:
             raise KeyboardInterrupt
         done.append(arguments[2])
         return real(*arguments)
 
-    monkeypatch.setattr(pipeline, "recover_layer", killed_at_the_fifth)
+    monkeypatch.setattr(pipeline, "recover_layer", killed)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(custom())
-    again: list[int] = []
+        pipeline.run(cfg)
     monkeypatch.setattr(pipeline, "recover_layer", lambda *a: (again.append(a[2]), real(*a))[1])
+    return done, again
+
+
+def test_a_killed_run_continues_at_the_layer(custom: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, again = kill_after(4, custom(), monkeypatch)
     folder = pipeline.run(custom())
     assert again == [1, 2]  # trial 1, its first layer was finished
     assert len(pd.read_parquet(folder / "layers.parquet")) == 6
@@ -341,18 +346,7 @@ def test_a_killed_run_scores_what_it_had_recovered(
 ) -> None:
     whole = pd.read_parquet(pipeline.run(custom()) / "trials.parquet")
     shutil.rmtree(Path(custom().results_dir))
-    real, done = pipeline.recover_layer, []
-
-    def killed_at_the_third(*arguments: Any) -> Any:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(arguments[2])
-        return real(*arguments)
-
-    monkeypatch.setattr(pipeline, "recover_layer", killed_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.run(custom())
-    monkeypatch.setattr(pipeline, "recover_layer", lambda *a: (done.append(a[2]), real(*a))[1])
+    done, later = kill_after(2, custom(), monkeypatch)
     again = pd.read_parquet(pipeline.run(custom()) / "trials.parquet")
-    assert done == [0, 1, 2, 0, 1, 2]
+    assert done + later == [0, 1, 2, 0, 1, 2]
     assert again["norm"].tolist() == whole["norm"].tolist()

@@ -43,8 +43,3 @@ def detect(estimate: Tensor, mean: Tensor) -> str:
         if aligned > NEARLY_ALL or (aligned > ALIGNED and gained):
             return name
     return "fp32"
-
-
-def snapped(estimate: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearest numbers of the grid, as float32."""
-    return estimate.to(dtype).float()

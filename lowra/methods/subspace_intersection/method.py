@@ -110,14 +110,9 @@ class Estimate:
     left: Tensor
     right: Tensor
 
-    def rows(self, picked: slice | Tensor) -> Tensor:
+    def rows(self, picked: Tensor) -> Tensor:
         """Some rows, (rows, k) float64."""
-        first = self.models[0][picked]
-        # Summed as differences to model 0, which are small and, in float32, exact where the passes are in float32.
-        total = self.left[picked] @ self.right.mT
-        for model, weight in zip(self.models[1:], self.weights[1:], strict=True):
-            total.add_(model[picked].to(total.dtype) - first.to(total.dtype), alpha=weight)
-        return total.double().add_(first)
+        return replace(self, models=self.models[:, picked], left=self.left[picked]).dense(torch.float64)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """All of it (d, k): float64, or rounded to a grid and held in float32."""
@@ -132,6 +127,7 @@ class Estimate:
                 total = out[block]
             torch.mm(self.left[block], right, out=total)
             first = self.models[0][block]
+            # Summed as differences to model 0, which are small and, in float32, exact where the passes are in float32.
             for model, weight in zip(self.models[1:], self.weights[1:], strict=True):
                 total.add_(subtract(model[block], first, rest), alpha=weight)
             if dtype == torch.float64:
@@ -307,10 +303,8 @@ def refined(problem: Problem, weight: Tensor, ranks: tuple[int, ...], storage: t
 def pose(stack: Tensor, storage: torch.dtype, observation: Observation) -> Problem:
     """Measure the rounding of each model and choose the precision of the passes."""
     n, d, k = stack.shape
-    rows = sampled_rows(d, k, stack.device)[:256]
-    spread = max(float((stack[i, rows].double() - stack[0, rows].double()).square().mean()) for i in range(1, n))
-    size = float(stack[0, rows].double().square().mean())
-    small = math.sqrt(spread) < SMALL_UPDATE * math.sqrt(size)
+    size = float(stack[0, sampled_rows(d, k, stack.device)].double().square().mean())
+    small = math.sqrt(largest_difference(stack)) < SMALL_UPDATE * math.sqrt(size)
     rank = observation.rank
     return Problem(
         merged=stack,
@@ -321,6 +315,14 @@ def pose(stack: Tensor, storage: torch.dtype, observation: Observation) -> Probl
         guess=OVERSAMPLING + (2 * rank if rank is not None else min(d, k) // 32),
         generator=torch.Generator().manual_seed(observation.seed),
     )
+
+
+def largest_difference(stack: Tensor) -> float:
+    """The largest mean square of W'_i - W'_0, on some rows of the stack (n, d, k)."""
+    _, d, k = stack.shape
+    rows = sampled_rows(d, k, stack.device)
+    first = stack[0, rows].double()
+    return max(float((model[rows].double() - first).square().mean()) for model in stack[1:])
 
 
 def first_parts(problem: Problem, count: int, known: Sequence[RowSpace] = ()) -> list[RowSpace]:
@@ -539,10 +541,8 @@ def all_models(problem: Problem, lead: Answer) -> Answer:
 
 def low_signal(problem: Problem) -> Answer | None:
     """The answer where the updates are near the rounding of the merges, None where they are well above it."""
-    n, d, k = problem.merged.shape
-    rows = sampled_rows(d, k, problem.merged.device)[:256]
-    first = problem.merged[0, rows].double()
-    spread = max(float((model[rows].double() - first).square().mean()) / 2 for model in problem.merged[1:])
+    n = len(problem.labels)
+    spread = largest_difference(problem.merged) / 2
     level = min(noise.std for noise in problem.noise)
     if n < 3 or spread - level**2 > (LOW_SIGNAL * level) ** 2:
         return None
