@@ -86,7 +86,7 @@ def predicted(results: Results, path: Path) -> Path | None:
     plt.plot([low, high], [low, high], lw=0.8, color="grey")
     plt.xlim(low, high)
     plt.ylim(low, high)
-    plt.xlabel("W-Error predicted without the truth,\nbefore rounding to a grid")
+    plt.xlabel("W-Error predicted without the truth,\nbefore the weighted fit and rounding to a grid")
     plt.ylabel("W-Error")
     plt.title(_mark(results))
     plt.legend(frameon=False)

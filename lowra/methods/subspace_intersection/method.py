@@ -218,7 +218,7 @@ class SubspaceIntersection:
     def recover(self, observation: Observation) -> Recovery:
         """Estimate W (1, d, k): float32 on the grid found, or float64 where `snap` is "none".
 
-        Stats: `predicted_w_error` (log10 of the mean squared error before rounding to a grid, None where W is not
+        Stats: `predicted_w_error` (log10 of the mean squared error before `refine` and `snap`, None where W is not
         identified), `lambda_min`, `discrepancy`, `ranks`, `grid`, `certificate`, `outlier` (models of another base,
         counted from 0).
         Raises LowraError for a stack no method can work on, or one of identical models.
