@@ -33,6 +33,7 @@ from lowra.bench import draws as drawing
 from lowra.bench.merge import merge, merge_dtype
 from lowra.bench.names import depths, layer_type
 from lowra.bench.schema import LayerInfo
+from lowra.bench.sources import Data, open_data, weights_only
 from lowra.cli import command
 from lowra.errors import LowraError
 from lowra.methods import Method, Observation, as_method, check_observation
@@ -41,7 +42,6 @@ from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weigh
 from lowra.records import Cell, Store, weights_digest, write_text
 from lowra.reporting.images import write_grid
 from lowra.reporting.texts import write_texts
-from lowra.source import Data, open_data, weights_only
 
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "trl", "datasets", "sentence-transformers", "lpips", "numpy")
 

@@ -9,9 +9,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from lowra import run as pipeline
+from lowra.bench.sources import make_builder
 from lowra.errors import LowraError
 from lowra.paths import conf_dir
-from lowra.source import make_builder
 
 
 def names(group: str) -> list[str]:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowra.bench.checkpoint import component_folder, with_weights
-from lowra.bench.detect import StoredState
 from lowra.bench.images import SUFFIXES, image_processor, open_image, pixel_values
+from lowra.checkpoints.stored import StoredState, component_folder, with_weights
 from lowra.errors import LowraError, unknown
 from lowra.metrics.base import Weights
 from lowra.quiet import quiet

@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lowra.bench.checkpoint import component_folder, load_state_dict, with_weights
+from lowra.checkpoints.stored import component_folder, load_state_dict, with_weights
 from lowra.errors import LowraError, unknown
 from lowra.metrics.base import Weights
 from lowra.quiet import quiet

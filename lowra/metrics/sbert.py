@@ -23,8 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor
 
-from lowra.bench.checkpoint import component_folder, with_weights
-from lowra.bench.detect import StoredState
+from lowra.checkpoints.stored import StoredState, component_folder, with_weights
 from lowra.errors import LowraError, unknown
 from lowra.metrics.base import Weights
 from lowra.quiet import quiet

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lowra.bench.checkpoint import with_weights
+from lowra.checkpoints.stored import with_weights
 from lowra.errors import LowraError
 from lowra.metrics.activation_distance import cosine_distance, load_vit
 from lowra.paths import conf_dir

@@ -13,9 +13,9 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lowra.bench.checkpoint import component_folder, load_state_dict
-from lowra.build.kohya import expected_modules
-from lowra.build.stable_diffusion_mini import NOISE_SCHEDULE, SAMPLER, make_tokenizer
+from lowra.builders.kohya import expected_modules
+from lowra.builders.stable_diffusion_mini import NOISE_SCHEDULE, SAMPLER, make_tokenizer
+from lowra.checkpoints.stored import component_folder, load_state_dict
 from lowra.errors import LowraError
 from lowra.metrics.lpips import Judge, Lpips, load_trunk
 

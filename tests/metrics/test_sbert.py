@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from transformers import MistralConfig, MistralForCausalLM
 
-from lowra.build.mistral_mini import MiniMistral
+from lowra.builders.mistral_mini import MiniMistral
 from lowra.errors import LowraError
 from lowra.metrics import sbert
 from lowra.metrics.sbert import Sbert, find_encoder, generate, log_distance

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowra.bench.schema import open_dataset
-from lowra.build.base import MARKER, recipe_key
-from lowra.build.mistral import MistralDpoBuilder, MistralSftBuilder, Rows
-from lowra.build.mistral_mini import DocumentationChats, DocumentationPreferences, MiniMistral, documentation
+from lowra.builders.base import MARKER, recipe_key
+from lowra.builders.mistral import MistralDpoBuilder, MistralSftBuilder, Rows
+from lowra.builders.mistral_mini import DocumentationChats, DocumentationPreferences, MiniMistral, documentation
 from lowra.errors import LowraError
 from lowra.paths import conf_dir
 from lowra.quiet import quiet

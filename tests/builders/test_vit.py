@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lowra.bench.schema import open_dataset
-from lowra.build import vit
-from lowra.build.base import recipe_key
-from lowra.build.vit import VitBuilder
-from lowra.build.vit_images import PRETRAINING_CLASSES, TASKS, draw_images, draw_thing
-from lowra.build.vit_miniature import Miniature
+from lowra.builders import vit
+from lowra.builders.base import recipe_key
+from lowra.builders.vit import VitBuilder
+from lowra.builders.vit_images import PRETRAINING_CLASSES, TASKS, draw_images, draw_thing
+from lowra.builders.vit_miniature import Miniature
 from lowra.errors import LowraError
 from lowra.paths import conf_dir
 

@@ -30,11 +30,11 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from lowra.bench.checkpoint import component_folder
 from lowra.bench.schema import write_dataset
-from lowra.build.base import MARKER, Built, recipe_key, stage
-from lowra.build.lora import lora_layers
-from lowra.build.mistral_mini import MiniMistral
+from lowra.builders.base import MARKER, Built, recipe_key, stage
+from lowra.builders.lora import lora_layers
+from lowra.builders.mistral_mini import MiniMistral
+from lowra.checkpoints.stored import component_folder
 from lowra.errors import LowraError, unknown
 from lowra.quiet import quiet
 

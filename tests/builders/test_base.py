@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lowra.build.base import recipe_key, stage
+from lowra.builders.base import recipe_key, stage
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lowra.build.kohya import Factors, LoraFile, expected_modules, modules_of, write_kohya
-from lowra.build.stable_diffusion_mini import make_tokenizer
+from lowra.builders.kohya import Factors, LoraFile, expected_modules, modules_of, write_kohya
+from lowra.builders.stable_diffusion_mini import make_tokenizer
 from lowra.errors import LowraError
 
 RANK = 3

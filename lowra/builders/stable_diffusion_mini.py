@@ -45,10 +45,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lowra.build.base import Built, stage
-from lowra.build.kohya import Factors, Module, expected_modules, write_kohya
-from lowra.build.stable_diffusion import Adapter, collect
-from lowra.build.stable_diffusion_pictures import STYLES, Scene, describe, draw, random_scenes, style_statistics
+from lowra.builders.base import Built, stage
+from lowra.builders.kohya import Factors, Module, expected_modules, write_kohya
+from lowra.builders.stable_diffusion import Adapter, collect
+from lowra.builders.stable_diffusion_pictures import STYLES, Scene, describe, draw, random_scenes, style_statistics
 from lowra.errors import LowraError
 from lowra.quiet import quiet
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lowra.build.vit_images import PRETRAINING_CLASSES, TASKS, draw_images, draw_thing
+from lowra.builders.vit_images import PRETRAINING_CLASSES, TASKS, draw_images, draw_thing
 
 
 @dataclass(frozen=True)

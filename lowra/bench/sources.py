@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lowra.bench.schema import LayerTable, open_dataset, open_hub
-from lowra.build.base import Builder, recipe_key
+from lowra.builders.base import Builder, recipe_key
 from lowra.errors import LowraError
 
 

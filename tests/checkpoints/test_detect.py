@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowra.bench.detect import StoredState, changed_weights
+from lowra.checkpoints.detect import changed_weights
+from lowra.checkpoints.stored import StoredState
 from lowra.errors import LowraError
 
 

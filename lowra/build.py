@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from lowra.bench.sources import build_folder, make_builder
 from lowra.cli import command
-from lowra.source import build_folder, make_builder
 
 
 def build(cfg: DictConfig) -> None:

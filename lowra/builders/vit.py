@@ -30,14 +30,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from lowra.bench.checkpoint import component_folder
-from lowra.bench.detect import StoredState, changed_weights
 from lowra.bench.images import image_processor, pixel_values
 from lowra.bench.schema import Layer, write_dataset
-from lowra.build.base import Built, stage
-from lowra.build.lora import Adapter, checkpoint_state, layer_names, lora_layers
-from lowra.build.vit_images import TASKS
-from lowra.build.vit_miniature import Miniature
+from lowra.builders.base import Built, stage
+from lowra.builders.lora import Adapter, checkpoint_state, layer_names, lora_layers
+from lowra.builders.vit_images import TASKS
+from lowra.builders.vit_miniature import Miniature
+from lowra.checkpoints.detect import changed_weights
+from lowra.checkpoints.stored import StoredState, component_folder
 from lowra.errors import LowraError, unknown
 from lowra.quiet import quiet
 

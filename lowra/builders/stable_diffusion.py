@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from lowra.bench.checkpoint import component_folder, load_state_dict, resolve
 from lowra.bench.schema import Layer, Lora, write_dataset
-from lowra.build.base import Built, stage
-from lowra.build.kohya import LoraFile, Module, expected_modules
+from lowra.builders.base import Built, stage
+from lowra.builders.kohya import LoraFile, Module, expected_modules
+from lowra.checkpoints.stored import component_folder, load_state_dict, resolve
 from lowra.errors import LowraError
 
 CIVITAI = Path(__file__).with_name("civitai.json")

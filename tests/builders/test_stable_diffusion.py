@@ -9,12 +9,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lowra.bench.checkpoint import component_folder, load_state_dict
 from lowra.bench.schema import open_dataset
-from lowra.build.kohya import Factors, LoraFile, expected_modules, write_kohya
-from lowra.build.stable_diffusion import CIVITAI, Adapter, StableDiffusionBuild, collect
-from lowra.build.stable_diffusion_mini import StableDiffusionMini, load_pipeline, make_tokenizer
-from lowra.build.stable_diffusion_pictures import (
+from lowra.builders.kohya import Factors, LoraFile, expected_modules, write_kohya
+from lowra.builders.stable_diffusion import CIVITAI, Adapter, StableDiffusionBuild, collect
+from lowra.builders.stable_diffusion_mini import StableDiffusionMini, load_pipeline, make_tokenizer
+from lowra.builders.stable_diffusion_pictures import (
     COLOURS,
     STYLES,
     all_scenes,
@@ -23,6 +22,7 @@ from lowra.build.stable_diffusion_pictures import (
     random_scenes,
     style_statistics,
 )
+from lowra.checkpoints.stored import component_folder, load_state_dict
 from lowra.errors import LowraError
 
 CONF = Path(__file__).parents[2] / "conf" / "builder"
@@ -130,7 +130,7 @@ def test_miniature_report_and_prompts(built):
 
 def test_miniature_resumes(built, monkeypatch):
     folder, made = built
-    monkeypatch.setattr("lowra.build.stable_diffusion_mini._train", None)  # nothing is trained again
+    monkeypatch.setattr("lowra.builders.stable_diffusion_mini._train", None)  # nothing is trained again
     again = tiny().build(folder)
     assert dataclasses.asdict(again) == json.loads(json.dumps(dataclasses.asdict(made), default=str)) | {
         "dataset": made.dataset,

@@ -6,63 +6,14 @@ shows which layers there are to recover, without access to the base model.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lowra.checkpoints.stored import StoredState
 from lowra.errors import LowraError
-
-
-class StoredState(Mapping[str, Tensor]):
-    """A folder's safetensors weights, single file or sharded, as a mapping that reads a tensor when it is asked for.
-
-    Opening reads the headers only. Raises LowraError when there is no readable safetensors file, or a shard is missing.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        paths = [path for path in _weight_files(folder) if path.exists()]
-        if not paths:
-            raise LowraError(f"{folder} holds no safetensors weights; expected model.safetensors or its shards.")
-        self._places = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise LowraError(f"{path} is not a readable safetensors file ({error}); fetch it again.") from None
-            self._places.update(dict.fromkeys(file.keys(), file))
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._places[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the header alone."""
-        return tuple(self._places[name].get_slice(name).get_shape())
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up one checkpoint; the names an index lists must all be there."""
-    for stem in ("model", "diffusion_pytorch_model"):
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.exists():
-            shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-            for shard in shards:
-                if not shard.exists():
-                    raise LowraError(f"{index} names {shard.name}, which is not in {folder}; fetch it again.")
-            return shards
-        if (folder / f"{stem}.safetensors").exists():
-            return [folder / f"{stem}.safetensors"]
-    return []
 
 
 def changed_weights(checkpoints: Sequence[Mapping[str, Tensor] | Path]) -> tuple[str, ...]:

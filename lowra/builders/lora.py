@@ -21,8 +21,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowra.bench.detect import StoredState
 from lowra.bench.schema import Layer, Lora
+from lowra.checkpoints.stored import StoredState
 from lowra.errors import LowraError
 
 _FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowra.bench.checkpoint import component_folder
+from lowra.checkpoints.stored import component_folder
 from lowra.errors import LowraError
 
 
