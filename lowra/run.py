@@ -40,13 +40,15 @@ from lowra.methods import Method, Observation, as_method, check_observation
 from lowra.metrics.base import Metric, Scorer
 from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
 from lowra.records import Cell, Store, weights_digest, write_text
-from lowra.reporting.images import write_grid
-from lowra.reporting.texts import write_texts
 
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "trl", "datasets", "sentence-transformers", "lpips", "numpy")
 
-
-GRID_ROWS = 12  # prompts in a grid of images: what a page can show
+KINDS = {
+    "vit": "image_classifier",
+    "stable_diffusion": "text_to_image",
+    "mistral_sft": "causal_lm",
+    "mistral_dpo": "causal_lm",
+}
 
 
 @dataclass
@@ -170,9 +172,9 @@ def make_metrics(cfg: DictConfig) -> dict[str, Metric]:
     metrics = {}
     for name, node in (cfg.get("metrics") or {}).items():
         metric = make(node, "metric", str(name))
-        if cfg.subset.name not in metric.families:
+        if KINDS.get(cfg.subset.name) not in metric.kinds:
             raise LowraError(
-                f"Metric {name!r} scores {', '.join(metric.families)}, not subset {cfg.subset.name!r}; use metrics=[]."
+                f"Metric {name!r} scores {', '.join(metric.kinds)}, not subset {cfg.subset.name!r}; use metrics=[]."
             )
         metrics[name] = metric
     return metrics
@@ -206,12 +208,12 @@ def prepare(cfg: DictConfig) -> Run:
     for metric in metrics.values():
         metric.ready()
         if cfg.source.name != "mini":  # a miniature makes its base and evaluation inputs itself
-            metric.check(str((cfg.get("builder") or {}).get("base") or cfg.subset.base), None)
+            metric.check(str((cfg.get("builder") or {}).get("base") or cfg.subset.base), None, torch.device(cfg.device))
     data = open_data(cfg)
     available = len(data.table.model_names)
     chosen = [d for n in n_loras(cfg) for d in drawing.draws(cfg.subset.name, available, n, cfg.trials, cfg.seed)]
     for metric in metrics.values():
-        metric.check(data.base or "", data.evaluation)
+        metric.check(data.base or "", data.evaluation, torch.device(cfg.device))
     infos = data.table.infos
     return Run(
         cfg=cfg,
@@ -370,7 +372,8 @@ def semantic_scores(run: Run, cell: Cell, candidates: int) -> dict[str, float]:
             else:
                 scores = known[1]
                 if shown:
-                    copy_outputs(outputs(run), known[0], label)
+                    for folder in (outputs(run), *outputs(run).glob("*/")):
+                        copy_outputs(folder, known[0], label)
             for column, value in scores.items():
                 totals.setdefault(column, []).append(value)
     return {column: sum(values) / len(values) for column, values in totals.items()}
@@ -452,11 +455,8 @@ def write_galleries(prepared: Run) -> None:
         headings[output_label(Cell(draw, name, {}))] = prepared.methods[name].pretty
     folder, title = prepared.store.folder, f"{prepared.cfg.subset.title}, source={prepared.cfg.source.name}, {draw}"
     try:
-        if "sbert" in prepared.metrics:
-            write_texts(outputs(prepared), headings, folder, title)
-        if "lpips" in prepared.metrics:
-            labels, names = list(headings), list(headings.values())
-            write_grid(outputs(prepared), labels, folder / "images.png", title, GRID_ROWS, names)
+        for metric in prepared.metrics.values():
+            metric.gallery(outputs(prepared), headings, folder, title)
     except LowraError as error:  # finished cells of an earlier run may have kept nothing; the tables are there
         print(f"No side-by-side outputs: {error}", file=sys.stderr)
 
