@@ -194,3 +194,40 @@ def weights_digest(weights: dict[tuple[str, str], Tensor]) -> str:
         digest.update(f"{component}|{name}|{tensor.dtype}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Records:
+    """Placeholder until the store lands: the union of the records of some folders."""
+
+    layers: pd.DataFrame
+    scores: pd.DataFrame
+    history: pd.DataFrame
+    contexts: dict[str, dict[str, Any]]
+
+
+TRIAL = [
+    "subset", "source", "data", "n_loras", "trial", "seed", "variant", "method", "label", "merge_dtype", "merge_order",
+    "knows_rank", "device",
+]  # fmt: skip
+
+
+def trials(layers: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """Placeholder until the store lands."""
+    rows = []
+    for key, group in layers.groupby(TRIAL, sort=False):
+        row = dict(zip(TRIAL, key, strict=True))
+        row["models"] = group["models"].iloc[0]
+        row["w_error"] = group["w_error"].mean(skipna=False)
+        row["w_error_layer_std"] = group["w_error"].std() if len(group) > 1 else 0.0
+        row["exact_fraction"] = group["exact_fraction"].mean(skipna=False)
+        row["exact_layers"] = int(group["exact_layer"].sum())
+        row["layers"] = len(group)
+        row["failed_layers"] = int(group["failed"].sum())
+        row["seconds"] = group["seconds"].sum()
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    if len(scores):
+        wide = scores.pivot_table(index=TRIAL, columns="column", values="value").reset_index()
+        table = table.merge(wide, on=TRIAL, how="left")
+    return table
