@@ -30,7 +30,7 @@ import lowra
 import lowra.methods
 from lowra import report
 from lowra.bench import draws as drawing
-from lowra.bench.merge import merge, merge_dtype
+from lowra.bench.merging import merge, merge_dtype
 from lowra.bench.names import depths, layer_type
 from lowra.bench.schema import LayerInfo
 from lowra.bench.sources import Data, open_data, weights_only
