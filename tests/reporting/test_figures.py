@@ -153,9 +153,8 @@ def test_error_against_score_takes_what_was_stopped_early() -> None:
         layers += fakes.rows("m", f"Mine (stop_after={stop})", -3.0 - stop, options=f'{{"stop_after": {stop}}}')
     layers += fakes.rows("m", "Mine", -20.0)
     records = fakes.records(layers)
-    scores = records.scores.assign(
-        value=[int(label.strip(")Mine (stop_after=") or 0) for label in records.scores["label"]]
-    )
+    values = {f"Mine (stop_after={stop})": float(stop) for stop in (1, 2, 5, 10)}
+    scores = records.scores.assign(value=records.scores["label"].map(values).fillna(0.0))
     (view,) = views(fakes.Records(records.layers, scores, records.history, records.contexts))
     figure = figures.error_against_score([view])
     assert figure is not None
