@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from lowra.reporting.views import View
 
 
+NAMES = (
+    *("cumulative", "by_models", "semantic_by_models", "predicted"),
+    *("iterations", "error_against_loss", "error_against_score"),
+)
+"""The figures of a folder by the stem of their files: `figures.FIGURES`, which takes matplotlib to look at."""
+
+
 def write(records: Records, folder: Path, *, methods_order: Sequence[str] | None = None, figures: bool = True) -> str:
     """Write the views of some records into a folder; returns the text for the terminal.
 
@@ -90,7 +97,7 @@ def _figures(found: Sequence[View], folder: Path, wanted: bool) -> dict[str, lis
                 kept |= set(paths)
                 if paths:
                     drawn[view.slug].append(stem)
-    for name in ("cumulative", "by_models", "semantic_by_models", "predicted"):
+    for name in NAMES:
         for kind in ("png", "svg"):
             for path in [folder / f"{name}.{kind}", *folder.glob(f"{name}_*.{kind}")]:
                 if path not in kept:

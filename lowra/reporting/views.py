@@ -8,6 +8,7 @@ data set, one precision and order of merging, one grant of the rank and one seed
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,12 @@ from lowra.reporting.paper import paper_numbers
 
 SETTING = ("subset", "source", "data", "merge_dtype", "merge_order", "knows_rank", "seed")
 LAYER = ["layer_model", "layer_name"]
+
+ORDERS = {
+    "twice": "each update rounded before it is added",
+    "once, 1 foreign": "one of the models is of another base",
+}
+"""Orders of merging in words; others are shown as they are."""
 
 WRONG = 1.0  # decades by which a certified layer may miss what its method predicts before the certificate is wrong
 
@@ -77,7 +84,7 @@ class View:
         if self.setting["merge_dtype"] != "float32":
             words.append(f"merges stored in {self.setting['merge_dtype']}")
         if self.setting["merge_order"] != "once":
-            words.append("updates rounded before they are added")
+            words.append(ORDERS.get(self.setting["merge_order"], str(self.setting["merge_order"])))
         if not self.setting["knows_rank"]:
             words.append("rank not given")
         if self.setting["seed"] != 0:
@@ -101,13 +108,13 @@ class View:
         if self.setting["merge_dtype"] != "float32":
             text += f" Merged weights stored in {self.setting['merge_dtype']} (the paper's are float32)."
         if self.setting["merge_order"] != "once":
-            text += " Each update was rounded to that precision before it was added, and the sum again."
+            order = self.setting["merge_order"]
+            text += f" Merges: {ORDERS.get(order, order)}."
         if not self.setting["knows_rank"]:
             text += " The LoRA rank is not given to the methods."
         if self.setting["seed"] != 0:
             text += f" Draws of seed {self.setting['seed']}."
-        notes = {str((c.get("config") or {}).get("note") or "") for c in self.contexts.values()} - {""}
-        return " ".join([text, *sorted(notes)])
+        return " ".join([text, *self.notes])
 
     @functools.cached_property
     def numbers(self) -> pd.DataFrame:
@@ -148,6 +155,22 @@ class View:
         """Whether a row is its method as shipped, the one the paper's numbers stand beside."""
         first = self.layers[self.layers["row"] == row].iloc[0]
         return str(first["label"]) == str(first["pretty"])
+
+    def options(self, row: str) -> dict[str, Any]:
+        """The options of a row's method."""
+        text = self.layers.loc[self.layers["row"] == row, "options"].iloc[0]
+        found = json.loads(text) if isinstance(text, str) and text else {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the commands that made the records say of their data, where it is special."""
+        return tuple(sorted({str((c.get("config") or {}).get("note") or "") for c in self.contexts.values()} - {""}))
+
+    @property
+    def is_papers_setting(self) -> bool:
+        """Whether data, merges, grant of the rank and seed are the paper's (at any source)."""
+        return not self.deviations() and not self.notes
 
 
 def draw_name(models: Sequence[int]) -> str:
