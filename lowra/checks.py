@@ -185,7 +185,7 @@ _WORDS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    str: "a text",
+    str: "text",
     None: "null",
     types.NoneType: "null",
 }
