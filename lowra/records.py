@@ -569,7 +569,7 @@ def trials(layers: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     grouped = layers.assign(models=layers["models"].map(tuple)).groupby(where, sort=False, dropna=False)
     table = grouped.agg(
         w_error=("w_error", lambda e: e.mean(skipna=False)),
-        w_error_layer_std=("w_error", lambda e: e.std(ddof=0)),
+        w_error_layer_std=("w_error", lambda e: e.std() if len(e) > 1 else 0.0),
         exact_fraction=("exact_fraction", lambda e: e.mean(skipna=False)),
         exact_layers=("exact_layer", "sum"),
         layers=("w_error", "size"),
