@@ -24,7 +24,7 @@ from lowra.bench.merging import merge, merge_dtype
 from lowra.bench.schema import Layer, LayerTable
 from lowra.code import code_digest, digest, module_of
 from lowra.errors import LowraError
-from lowra.methods import Method, Observation, Recovery, check_observation
+from lowra.methods import Method, Observation, check_observation, check_recovery
 from lowra.metrics.base import Scorer
 from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
 from lowra.plan import Plan, Task, Variant
@@ -95,7 +95,7 @@ class LayerJudge:
             if observation.merged.is_cuda:
                 torch.cuda.synchronize(observation.merged.device)
             seconds = time.perf_counter() - started - watched.seconds
-            candidates = checked(recovery, layer.weight)
+            candidates = check_recovery(recovery, layer.weight.shape)
             if _state(observation.merged) != before:
                 raise WroteIntoStack("it wrote into observation.merged, which is everybody's; work on a clone")
         except (Exception, SystemExit) as error:  # a failed layer is marked, the sweep goes on
@@ -168,48 +168,6 @@ def _state(merged: Tensor) -> tuple[int, int]:
     """
     version = 0 if merged.is_inference() else merged._version
     return version, int(merged.view(torch.int32).sum(dtype=torch.int64))
-
-
-def checked(recovery: Any, weight: Tensor) -> Tensor:
-    """The candidates of what a method returned, detached on the CPU. Raises TypeError or ValueError with the reason.
-
-    weight: (d, k), the shape expected of each candidate.
-    """
-    if not isinstance(recovery, Recovery):
-        raise TypeError(f"recover returned a {type(recovery).__name__}; expected a Recovery")
-    candidates = recovery.candidates
-    if not isinstance(candidates, Tensor):
-        raise TypeError(f"candidates is a {type(candidates).__name__}; expected a tensor (candidates, d, k)")
-    if candidates.layout != torch.strided or candidates.is_quantized or not candidates.is_floating_point():
-        raise TypeError(
-            f"candidates is a {candidates.layout} tensor of {candidates.dtype}; expected a dense one of real "
-            "floating-point numbers"
-        )
-    if candidates.ndim != 3 or candidates.shape[1:] != weight.shape or not len(candidates):
-        raise ValueError(
-            f"returned shape {tuple(candidates.shape)}; expected (candidates, {weight.shape[0]}, {weight.shape[1]}) "
-            "with at least one candidate"
-        )
-    if not isinstance(recovery.status, str):
-        raise TypeError(f"status is a {type(recovery.status).__name__}; expected a sentence")
-    _check_numbers(recovery.stats, "stats", text=True)
-    if recovery.history is not None:
-        if not isinstance(recovery.history, list | tuple):
-            raise TypeError(
-                f"history is a {type(recovery.history).__name__}; expected a list with a dict for each step"
-            )
-        for step in recovery.history:
-            _check_numbers(step, "a step of history", text=False)
-    return candidates.detach().cpu()
-
-
-def _check_numbers(values: Any, what: str, *, text: bool) -> None:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{what} is a {type(values).__name__}; expected a dict of numbers")
-    kinds = (bool, int, float, str, type(None)) if text else (bool, int, float)
-    for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, kinds):
-            raise TypeError(f"{what} holds {name!r}: {type(value).__name__}; expected plain numbers under names")
 
 
 def weight_digest(weight: Tensor) -> str:

@@ -524,8 +524,8 @@ def _scores(layers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, A
             by_model.setdefault(name, []).append(score)
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for record in layers:
-        place = _place(record)
-        groups.setdefault((*place.values(), record["data"]), []).append(record | {"models": tuple(record["models"])})
+        place = _place(record) | {"models": tuple(record["models"])}
+        groups.setdefault(tuple(place.values()), []).append(record)
     rows = []
     for group in groups.values():
         count = {len(record["weights"]) for record in group}
