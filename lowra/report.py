@@ -33,7 +33,7 @@ def refuse_mixed(records: Records, folders: Sequence[Path]) -> None:
 
     layers = records.layers
     settings = {name: set(map(tuple, part[list(SETTING)].to_numpy())) for name, part in layers.groupby("folder")}
-    first, *others = settings
+    first, *others = [name for name in map(str, folders) if name in settings]
     for other in others:
         if settings[first] & settings[other]:
             continue
