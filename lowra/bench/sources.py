@@ -18,6 +18,7 @@ from lowra.bench.synthetic import Family, SyntheticTable
 from lowra.builders.base import Builder, Built, recipe_key
 from lowra.checks import Count, Name, OneOf, make, make_as
 from lowra.errors import LowraError
+from lowra.packages import BUILDERS, require
 from lowra.paths import conf_dir, register_resolvers
 
 KINDS = ("image_classifier", "causal_lm", "text_to_image")
@@ -115,6 +116,7 @@ class _Built:
                 f".yaml. Use source=published with source.path=FOLDER, or another subset "
                 f"({', '.join(stem.removesuffix(f'_{self.name}') for stem in known)})."
             )
+        require(f"source={self.name}", *BUILDERS)
         try:
             return make(self.builder, "builder")
         except LowraError as error:
