@@ -35,6 +35,11 @@ class Built:
 class Builder(Protocol):
     """A builder is a frozen dataclass; its fields are the recipe, annotated with what they may be (`lowra.checks`)."""
 
+    @property
+    def base(self) -> str | None:
+        """The base model's Hub id or folder; None where a miniature makes its own."""
+        ...
+
     def check(self) -> None:
         """Raise LowraError for anything that would stop the build later: paths, data, packages."""
         ...

@@ -18,8 +18,8 @@ from lowra.bench.schema import open_dataset
 from lowra.builders import vit
 from lowra.builders.base import recipe_key
 from lowra.builders.vit import VitBuilder
-from lowra.builders.vit_images import PRETRAINING_CLASSES, TASKS, draw_images, draw_thing
-from lowra.builders.vit_miniature import Miniature
+from lowra.builders.vit_mini import Miniature
+from lowra.builders.vit_pictures import PRETRAINING_CLASSES, TASKS, draw_images, draw_thing
 from lowra.errors import LowraError
 from lowra.paths import conf_dir
 

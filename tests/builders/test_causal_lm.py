@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowra.bench.schema import open_dataset
 from lowra.builders.base import MARKER, recipe_key
-from lowra.builders.mistral import MistralDpoBuilder, MistralSftBuilder, Rows
-from lowra.builders.mistral_mini import DocumentationChats, DocumentationPreferences, MiniMistral, documentation
+from lowra.builders.causal_lm import DpoBuilder, Rows, SftBuilder
+from lowra.builders.causal_lm_mini import DocumentationChats, DocumentationPreferences, MiniMistral, documentation
 from lowra.errors import LowraError
 from lowra.paths import conf_dir
 from lowra.quiet import quiet
@@ -400,10 +400,10 @@ def test_more_rows_than_the_standard_library_has():
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("mistral_sft_mini", MistralSftBuilder),
-        ("mistral_sft_build", MistralSftBuilder),
-        ("mistral_dpo_mini", MistralDpoBuilder),
-        ("mistral_dpo_build", MistralDpoBuilder),
+        ("mistral_sft_mini", SftBuilder),
+        ("mistral_sft_build", SftBuilder),
+        ("mistral_dpo_mini", DpoBuilder),
+        ("mistral_dpo_build", DpoBuilder),
     ],
 )
 def test_recipes_are_complete(name, kind):
@@ -411,6 +411,6 @@ def test_recipes_are_complete(name, kind):
     assert isinstance(builder, kind)
     assert builder.n_models == 15
     # Rank over width is the same in miniature.
-    if isinstance(builder, MistralSftBuilder) and isinstance(builder.base, MiniMistral):
+    if isinstance(builder, SftBuilder) and isinstance(builder.base, MiniMistral):
         assert builder.rank / builder.base.hidden_size == 64 / 4096
         assert builder.base.heads // builder.base.kv_heads == 32 // 8
