@@ -189,8 +189,10 @@ def _check(value: Any, hint: Any, where: str) -> None:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is what an annotation asks for."""
-    if hint is Any or getattr(hint, "_is_protocol", False):
+    if hint is Any:
         return True
+    if getattr(hint, "_is_protocol", False):
+        return all(hasattr(value, name) for name in vars(hint) if not name.startswith("_"))
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _fits(value, arguments[0]) and all(limit.holds(value) for limit in arguments[1:])

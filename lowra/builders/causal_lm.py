@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 from tqdm import tqdm
@@ -54,9 +54,15 @@ from lowra.quiet import quiet
 
 DTYPES = ("bfloat16", "float16", "float32")
 CONTINUES = ("base", "merged_sft", "sft_adapter")
-
-
 LOSSES = ("sigmoid", "hinge", "ipo", "apo_zero", "apo_down")  # TRL's that ask for nothing but pairs and beta
+
+
+class Data(Protocol):
+    """A source of training rows."""
+
+    def load(self) -> Any:
+        """All rows, a `datasets.Dataset`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class _Stage:
     killed build resumes from, 0 for none. eval_rows: held-out rows scored before and after training, 0 for none.
     """
 
-    data: Rows | None
+    data: Rows | Data | None
     n_models: Annotated[int, Range(2)]
     models: Annotated[Sequence[int], Filled()] | None = field(metadata={"recipe": False})
     fraction: Annotated[float, Range(0, 1, above=True)]

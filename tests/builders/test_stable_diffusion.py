@@ -158,9 +158,7 @@ def test_miniature_refuses_impossible_sizes():
         tiny(count=16).check()
     with pytest.raises(LowraError, match=r"image_size=18 must be a multiple of 4"):
         tiny(image_size=18).check()
-    with pytest.raises(
-        LowraError, match=r"text_width is 18; expected a whole number, a multiple of 4"
-    ):
+    with pytest.raises(LowraError, match=r"text_width is 18; expected a whole number, a multiple of 4"):
         tiny(text_width=18).check()
     with pytest.raises(LowraError, match=r"builder.base and builder.loras are for builds from given files"):
         dataclasses.replace(tiny(), base="/local").check()
