@@ -9,7 +9,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from lowra import plan
-from lowra.bench.sources import make_builder, make_source
+from lowra.bench.sources import make_builder
 from lowra.errors import LowraError
 from lowra.paths import conf_dir
 
