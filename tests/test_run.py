@@ -423,6 +423,7 @@ def test_signals_stop_a_run_with_a_sentence(
         ("methods=[nope]", "Unknown method 'nope'; known: lora_ft, mean_lora, "),
         ("metrics=[nope]", "Unknown metric 'nope'; known: activation_distance, lpips, sbert."),
         ("experiment=exact_recovry", "Unknown experiment 'exact_recovry'; known: "),
+        ("methods=null", "Expected names of config files, such as methods=[mean_lora]."),
         ("builder=nope", "Unknown builder 'nope'; known: "),
         ("trails=1", "Unknown setting 'trails'; known: "),
         ("trails=1", "Did you mean trials?"),
