@@ -12,7 +12,7 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from lowra.bench.merging import merge, merge_dtype
 from lowra.bench.schema import Layer, LayerTable
 from lowra.code import code_digest, digest, module_of
 from lowra.errors import LowraError
-from lowra.methods import Method, Observation, Recovery, check_observation
+from lowra.methods import Method, Observation, check_observation, check_recovery
 from lowra.metrics.base import Scorer
 from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
-from lowra.plan import Plan, Task, Variant
+from lowra.plan import Plan, Task, Variant, options
 from lowra.records import COORDINATES, LAYER_FIELDS, SCORE, KeptWeights, Store, dumps, key_of, model_digest
 
 # A recovered weight that waits for a metric is kept on disk where recovering it again takes longer than writing it,
@@ -95,7 +95,7 @@ class LayerJudge:
             if observation.merged.is_cuda:
                 torch.cuda.synchronize(observation.merged.device)
             seconds = time.perf_counter() - started - watched.seconds
-            candidates = checked(recovery, layer.weight)
+            candidates = check_recovery(recovery, layer.weight.shape)
             if _state(observation.merged) != before:
                 raise WroteIntoStack("it wrote into observation.merged, which is everybody's; work on a clone")
         except (Exception, SystemExit) as error:  # a failed layer is marked, the sweep goes on
@@ -170,48 +170,6 @@ def _state(merged: Tensor) -> tuple[int, int]:
     return version, int(merged.view(torch.int32).sum(dtype=torch.int64))
 
 
-def checked(recovery: Any, weight: Tensor) -> Tensor:
-    """The candidates of what a method returned, detached on the CPU. Raises TypeError or ValueError with the reason.
-
-    weight: (d, k), the shape expected of each candidate.
-    """
-    if not isinstance(recovery, Recovery):
-        raise TypeError(f"recover returned a {type(recovery).__name__}; expected a Recovery")
-    candidates = recovery.candidates
-    if not isinstance(candidates, Tensor):
-        raise TypeError(f"candidates is a {type(candidates).__name__}; expected a tensor (candidates, d, k)")
-    if candidates.layout != torch.strided or candidates.is_quantized or not candidates.is_floating_point():
-        raise TypeError(
-            f"candidates is a {candidates.layout} tensor of {candidates.dtype}; expected a dense one of real "
-            "floating-point numbers"
-        )
-    if candidates.ndim != 3 or candidates.shape[1:] != weight.shape or not len(candidates):
-        raise ValueError(
-            f"returned shape {tuple(candidates.shape)}; expected (candidates, {weight.shape[0]}, {weight.shape[1]}) "
-            "with at least one candidate"
-        )
-    if not isinstance(recovery.status, str):
-        raise TypeError(f"status is a {type(recovery.status).__name__}; expected a sentence")
-    _check_numbers(recovery.stats, "stats", text=True)
-    if recovery.history is not None:
-        if not isinstance(recovery.history, list | tuple):
-            raise TypeError(
-                f"history is a {type(recovery.history).__name__}; expected a list with a dict for each step"
-            )
-        for step in recovery.history:
-            _check_numbers(step, "a step of history", text=False)
-    return candidates.detach().cpu()
-
-
-def _check_numbers(values: Any, what: str, *, text: bool) -> None:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{what} is a {type(values).__name__}; expected a dict of numbers")
-    kinds = (bool, int, float, str, type(None)) if text else (bool, int, float)
-    for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, kinds):
-            raise TypeError(f"{what} holds {name!r}: {type(value).__name__}; expected plain numbers under names")
-
-
 def weight_digest(weight: Tensor) -> str:
     """Sixteen hex digits of a weight's float32 bytes."""
     return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().data).hexdigest()[:16]
@@ -260,22 +218,26 @@ class ModelJudge:
         if not self.plan.cfg.keep_outputs:
             return []
         draw = max(self.plan.draws, key=lambda d: (d.n_loras, -d.trial))
-        headings: dict[str, str] = {"reference": "Pre-FT (truth)"}
-        for variant in reversed(self.plan.variants.values()):
-            records = self._records(draw, variant)
-            name = model_digest(records, 0) if records else None
-            if name is not None:  # equal models are one column
-                headings[name] = f"{headings[name]}, {variant.label}" if name in headings else variant.label
         title = f"{self.plan.cfg.subset.title}, source={self.plan.source.name}, {draw}"
         if self.plan.cfg.merge.dtype != "float32":
             title += f", merges in {self.plan.cfg.merge.dtype}"
         made = []
         for name, metric in self.plan.metrics.items():
             try:
-                made += metric.gallery(self._artifacts(name), headings, self.plan.folder, title)
+                made += metric.gallery(self._artifacts(name), self._headings(draw, name), self.plan.folder, title)
             except LowraError as error:  # records of an earlier run may have kept no outputs; the tables are there
                 self.problems.append(f"No outputs side by side: {error}")
         return made
+
+    def _headings(self, draw: Any, metric: str) -> dict[str, str]:
+        """Of the base and of each model that was scored: the label of its outputs to its heading, in order."""
+        headings = {"reference": "Pre-FT (truth)"}
+        for variant in reversed(self.plan.variants.values()):
+            records = self._records(draw, variant)
+            name = model_digest(records, 0) if records else None
+            if name is not None and self.store.done(SCORE, self._key(metric, name)):  # equal models are one column
+                headings[name] = f"{headings[name]}, {variant.label}" if name in headings else variant.label
+        return headings
 
     def close(self) -> None:
         """Delete outputs of models that are not shown."""
@@ -303,7 +265,7 @@ class ModelJudge:
             made = self.plan.metrics[metric]
             base = str(self.plan.data.base)
             self.fixed[metric] = {
-                "settings": json.dumps(_options(self.plan, metric), sort_keys=True, default=str),
+                "settings": json.dumps(options(self.plan.cfg.metrics[metric]), sort_keys=True, default=str),
                 "inputs": made.inputs(self.plan.data.evaluation),
                 "base": folder_digest(Path(base)) if Path(base).is_dir() else base,
                 "code": code_digest(module_of(made)),
@@ -377,14 +339,6 @@ class ModelJudge:
             self.problems.append(sentence)
 
 
-def _options(plan: Plan, metric: str) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    options = OmegaConf.to_container(plan.cfg.metrics[metric], resolve=True)
-    assert isinstance(options, dict)
-    return {str(name): value for name, value in options.items()}
-
-
 _RESERVED = {*LAYER_FIELDS, *COORDINATES, "exact_layers", "failed_layers", "layers", "w_error_layer_std"}
 
 
@@ -398,10 +352,3 @@ def _numbers(values: Any) -> dict[str, float]:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise TypeError(f"score returned {name!r}: {type(value).__name__}; expected a number")
     return {str(name): float(value) for name, value in values.items()}
-
-
-def complete(plan: Plan, store: Store, draw: Any, variants: Sequence[Variant]) -> Iterator[Variant]:
-    """The variants whose records of a draw are all there."""
-    for variant in variants:
-        if all(store.get("layer", plan.key(draw, index, variant)) is not None for index in plan.layers):
-            yield variant

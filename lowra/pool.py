@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import torch
@@ -56,10 +57,9 @@ def run(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int) -> 
 
 
 def _parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int) -> Iterator[tuple[T, R]]:
+    import cloudpickle
     from joblib import Parallel, delayed, parallel_config
-    from joblib.externals.loky.process_executor import BrokenProcessPool
 
-    cloudpickle = _cloudpickle()
     try:
         sent = cloudpickle.dumps(work)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
@@ -76,7 +76,7 @@ def _parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: in
             "command again with fewer processes, such as jobs=1."
         ) from None
     finally:
-        _stop(results)
+        results.close()  # ends the workers where they are still at work
 
 
 @contextlib.contextmanager
@@ -90,20 +90,6 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _stop(results: Any) -> None:
-    """End the workers: those of a finished run are idle, those of an interrupted one are killed."""
-    from joblib.externals.loky import get_reusable_executor
-
-    results.close()
-    get_reusable_executor().shutdown(wait=False, kill_workers=True)
-
-
-def _cloudpickle() -> Any:
-    from joblib.externals import cloudpickle
-
-    return cloudpickle
 
 
 # ---- In a worker ------------------------------------------------------------------------------------------------

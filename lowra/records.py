@@ -524,8 +524,8 @@ def _scores(layers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, A
             by_model.setdefault(name, []).append(score)
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for record in layers:
-        place = _place(record)
-        groups.setdefault((*place.values(), record["data"]), []).append(record | {"models": tuple(record["models"])})
+        place = _place(record) | {"models": tuple(record["models"])}
+        groups.setdefault(tuple(place.values()), []).append(record)
     rows = []
     for group in groups.values():
         count = {len(record["weights"]) for record in group}
@@ -536,8 +536,8 @@ def _scores(layers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, A
         for name in digests:
             for score in by_model.get(str(name), ()):
                 for column, value in loads(score["values"]).items():
-                    place = (score["metric"], column, score["settings"] + score["base"] + score["inputs"])
-                    known = found.setdefault(place, {})
+                    scored = (score["metric"], column, score["settings"] + score["base"] + score["inputs"])
+                    known = found.setdefault(scored, {})
                     if str(name) not in known or known[str(name)][0] < score["finished"]:
                         known[str(name)] = (score["finished"], value)
         latest: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
@@ -569,7 +569,7 @@ def trials(layers: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     grouped = layers.assign(models=layers["models"].map(tuple)).groupby(where, sort=False, dropna=False)
     table = grouped.agg(
         w_error=("w_error", lambda e: e.mean(skipna=False)),
-        w_error_layer_std=("w_error", lambda e: e.std(ddof=0)),
+        w_error_layer_std=("w_error", lambda e: e.std() if len(e) > 1 else 0.0),
         exact_fraction=("exact_fraction", lambda e: e.mean(skipna=False)),
         exact_layers=("exact_layer", "sum"),
         layers=("w_error", "size"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -200,3 +200,45 @@ def check_observation(observation: Observation) -> None:
         raise LowraError("The merged weights contain NaN or infinity; check the files they were read from.")
     if observation.rank is not None and not 1 <= observation.rank <= min(d, k):
         raise LowraError(f"Rank {observation.rank} does not fit a {d} x {k} layer; expected 1 to {min(d, k)}.")
+
+
+def check_recovery(recovery: Any, shape: torch.Size | tuple[int, int]) -> Tensor:
+    """The candidates of what a method returned, detached on the CPU. Raises TypeError or ValueError with the reason.
+
+    shape: (d, k), expected of each candidate.
+    """
+    if not isinstance(recovery, Recovery):
+        raise TypeError(f"recover returned a {type(recovery).__name__}; expected a Recovery")
+    candidates = recovery.candidates
+    if not isinstance(candidates, Tensor):
+        raise TypeError(f"candidates is a {type(candidates).__name__}; expected a tensor (candidates, d, k)")
+    if candidates.layout != torch.strided or candidates.is_quantized or not candidates.is_floating_point():
+        raise TypeError(
+            f"candidates is a {candidates.layout} tensor of {candidates.dtype}; expected a dense one of real "
+            "floating-point numbers"
+        )
+    if candidates.ndim != 3 or tuple(candidates.shape[1:]) != tuple(shape) or not len(candidates):
+        raise ValueError(
+            f"returned shape {tuple(candidates.shape)}; expected (candidates, {shape[0]}, {shape[1]}) "
+            "with at least one candidate"
+        )
+    if not isinstance(recovery.status, str):
+        raise TypeError(f"status is a {type(recovery.status).__name__}; expected a sentence")
+    _check_numbers(recovery.stats, "stats", text=True)
+    if recovery.history is not None:
+        if not isinstance(recovery.history, list | tuple):
+            raise TypeError(
+                f"history is a {type(recovery.history).__name__}; expected a list with a dict for each step"
+            )
+        for step in recovery.history:
+            _check_numbers(step, "a step of history", text=False)
+    return candidates.detach().cpu()
+
+
+def _check_numbers(values: Any, what: str, *, text: bool) -> None:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what} is a {type(values).__name__}; expected a dict of numbers")
+    kinds = (bool, int, float, str, type(None)) if text else (bool, int, float)
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, kinds):
+            raise TypeError(f"{what} holds {name!r}: {type(value).__name__}; expected plain numbers under names")

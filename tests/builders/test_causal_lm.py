@@ -1,4 +1,4 @@
-"""The builders of causal language models at tiny size: the mini recipe end to end, and stand-ins in the public data sets' row formats."""
+"""Causal language models at tiny size: the mini recipes end to end, and stand-ins in the public formats of rows."""
 
 import dataclasses
 import json
