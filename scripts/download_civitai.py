@@ -79,9 +79,7 @@ def read_list(path: Path) -> list[dict[str, Any]]:
         entries = json.loads(path.read_text(encoding="utf-8"))
         for entry in entries:
             if not re.fullmatch(r"[0-9]{1,18}", str(entry["version"])):
-                raise DownloadError(
-                    f"{path} has version {entry['version']!r}; expected a model version id, digits."
-                )
+                raise DownloadError(f"{path} has version {entry['version']!r}; expected a model version id, digits.")
             if not (isinstance(entry["name"], str) and isinstance(entry["url"], str)):
                 raise TypeError
     except (OSError, ValueError) as error:

@@ -386,11 +386,18 @@ def check_base(base: Path) -> int:
     StoredState(base)
     if not (base / "config.json").exists():
         raise LowraError(f"{base} has no config.json; expected a model saved by transformers.")
-    config = AutoConfig.from_pretrained(base)
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except Exception as error:  # transformers raises several kinds for a damaged file
+        raise LowraError(f"{base / 'config.json'} cannot be read ({_first_line(error)}); fetch it again.") from None
     if config.model_type != "vit":
         raise LowraError(f"{base} holds a model of type {config.model_type!r}; the ViT builder needs 'vit'.")
     image_processor(base)
     return int(config.hidden_size)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # ---- Training ---------------------------------------------------------------------------------------------------
