@@ -322,7 +322,7 @@ def test_rank_zero_is_refused_on_opening(modules, tmp_path):
     write_kohya(tmp_path / "good.safetensors", make_factors(modules))
     stored = load_file(tmp_path / "good.safetensors")
     for key in [key for key in stored if key.startswith(f"{modules[2].kohya_name}.lora")]:
-        stored[key] = stored[key][:0] if "down" in key else stored[key][:, :0].contiguous()
+        stored[key] = stored[key][:0] if "lora_down" in key else stored[key][:, :0].contiguous()
     save_file(stored, tmp_path / "bad.safetensors")
     with pytest.raises(LowraError, match=rf"The rank of module '{modules[2].kohya_name}' in bad.safetensors is 0"):
         LoraFile(tmp_path / "bad.safetensors", modules)

@@ -188,7 +188,7 @@ def test_folders_that_are_no_adapter(tmp_path):
         ({"lora_alpha": 1e300}, r"The alpha of module .* is 1e\+300"),
         ({"lora_alpha": float("nan")}, r"The alpha of module .* is nan"),
         ({"alpha_pattern": {"q_proj": "x"}}, r"The alpha of module .*q_proj.* is 'x'"),
-        ({"rank_pattern": 3}, r"rank_pattern of the adapter .* is 3; expected NAME: NUMBER"),
+        ({"rank_pattern": 3}, r"rank_pattern of the adapter .* is 3; expected modules and numbers"),
     ],
 )
 def test_ranks_and_alphas_that_are_none_are_refused_on_opening(tmp_path, changes, message):
