@@ -487,8 +487,8 @@ def prepare(cfg: DictConfig) -> Plan:
     source.check()
     for metric in metrics.values():
         metric.ready()
-        if not source.miniature:  # a miniature makes its base and evaluation inputs itself
-            metric.check(str((cfg.get("builder") or {}).get("base") or cfg.subset.base), None, device)
+        if source.base is not None:  # a miniature makes its base and evaluation inputs itself
+            metric.check(source.base, None, device)
     data = source.open()
     table = data.table
     chosen = [

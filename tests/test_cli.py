@@ -32,11 +32,11 @@ def test_an_unknown_command_lists_the_known() -> None:
 @pytest.mark.parametrize("command", ["run", "report", "build"])
 def test_help_helps_without_loading_torch(command: str) -> None:
     code = (
-        "import sys, runpy; sys.argv = ['lowra', {!r}, '--help']\n"
+        f"import sys, runpy; sys.argv = ['lowra', {command!r}, '--help']\n"
         "try:\n    runpy.run_module('lowra', run_name='__main__')\n"
         "except SystemExit:\n    pass\n"
         "print('heavy:', [m for m in ('torch', 'transformers', 'pandas', 'matplotlib') if m in sys.modules])"
-    ).format(command)
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "heavy: []" in done.stdout, done.stderr
     assert len(done.stdout) > 300

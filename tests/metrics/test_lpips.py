@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lowra.builders.kohya import expected_modules
+from lowra.builders.kohya_files import expected_modules
 from lowra.builders.stable_diffusion_mini import NOISE_SCHEDULE, SAMPLER, make_tokenizer
 from lowra.checkpoints.stored import component_folder, load_state_dict
 from lowra.errors import LowraError

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from transformers import MistralConfig, MistralForCausalLM
 
-from lowra.builders.mistral_mini import MiniMistral
+from lowra.builders.causal_lm_mini import MiniMistral
 from lowra.errors import LowraError
 from lowra.metrics import sbert
 from lowra.metrics.base import kept
