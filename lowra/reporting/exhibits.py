@@ -19,12 +19,7 @@ from lowra.reporting.tables import breakdown, main_table
 from lowra.reporting.views import View
 
 SUBSETS = ("vit", "stable_diffusion", "mistral_sft", "mistral_dpo")
-TITLES = {
-    "vit": "ViT",
-    "stable_diffusion": "Stable Diffusion",
-    "mistral_sft": "Mistral SFT",
-    "mistral_dpo": "Mistral DPO",
-}
+TITLES = dict(zip(SUBSETS, ("ViT", "Stable Diffusion", "Mistral SFT", "Mistral DPO"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,9 @@ class Shown:
     tables: Sequence[tuple[str, pd.DataFrame]] = field(default=())
     figure: str | None = None
     gallery: str | None = None
+
+
+Show = Callable[[Sequence[View]], Shown | None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Exhibit:
     place: str
     title: str
     says: str
-    show: Callable[[Sequence[View]], Shown | None]
+    show: Show
 
 
 def standard(views: Sequence[View], subset: str) -> View | None:
@@ -86,7 +84,7 @@ def _summary(views: Sequence[View]) -> Shown | None:
     return Shown(used, [("", pd.DataFrame(lines))]) if lines else None
 
 
-def _main(subset: str) -> Callable[[Sequence[View]], Shown | None]:
+def _main(subset: str) -> Show:
     def show(views: Sequence[View]) -> Shown | None:
         view = standard(views, subset)
         n = _n(view) if view else None
@@ -98,9 +96,7 @@ def _main(subset: str) -> Callable[[Sequence[View]], Shown | None]:
     return show
 
 
-def _of_stable_diffusion(
-    choose: Callable[[View], View | None], figure: str
-) -> Callable[[Sequence[View]], Shown | None]:
+def _of_stable_diffusion(choose: Callable[[View], View | None], figure: str) -> Show:
     def show(views: Sequence[View]) -> Shown | None:
         view = standard(views, "stable_diffusion")
         chosen = choose(view) if view else None
@@ -169,7 +165,7 @@ def _sweep(views: Sequence[View]) -> Shown | None:
     return Shown(used, figure="all_subsets") if used else None
 
 
-def _semantic(subset: str) -> Callable[[Sequence[View]], Shown | None]:
+def _semantic(subset: str) -> Show:
     def show(views: Sequence[View]) -> Shown | None:
         view = standard(views, subset)
         chosen = plain(view) if view else None
@@ -182,7 +178,7 @@ def _semantic(subset: str) -> Callable[[Sequence[View]], Shown | None]:
     return show
 
 
-def _gallery(subset: str, kind: str) -> Callable[[Sequence[View]], Shown | None]:
+def _gallery(subset: str, kind: str) -> Show:
     def show(views: Sequence[View]) -> Shown | None:
         view = standard(views, subset)
         chosen = plain(view) if view else None
@@ -209,7 +205,7 @@ def _per_layer(views: Sequence[View]) -> Shown | None:
 def _exhibits() -> dict[str, Exhibit]:
     data = paper()
 
-    def figure(name: str, title: str, show: Callable[[Sequence[View]], Shown | None]) -> Exhibit:
+    def figure(name: str, title: str, show: Show) -> Exhibit:
         return Exhibit(data["figures"][name]["place"], title, data["figures"][name]["says"], show)
 
     def table(subset: str) -> Exhibit:

@@ -38,8 +38,8 @@ class View:
     """The records of one setting. Every frame has a column `row`, the name under which its variant is shown.
 
     rows: those names, in the order of tables and legends. columns: the semantic metrics' columns and their headings.
-    layer_count: the layers known of this setting; a draw with fewer is a partial one. slug: a part for file names that tells
-    the view from the others of a report; "" for the only one, and for the one in the paper's setting.
+    layer_count: the layers known of this setting; a draw with fewer is a partial one. slug: a part for file names that
+    tells the view from the others of a report; "" for the only one, and for the one in the paper's setting.
     """
 
     layers: pd.DataFrame
