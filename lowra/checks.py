@@ -92,7 +92,7 @@ def make(config: Any, where: str) -> Any:
     that do not fit.
     """
     values = plain(config)
-    target = values.pop("_target_", None) if isinstance(values, dict) else None
+    target = values.get("_target_") if isinstance(values, dict) else None
     if target is None:
         raise LowraError(f"The config of {where} has no _target_; name the dataclass to make of it.")
     try:
@@ -110,7 +110,7 @@ def make_as(kind: type[T], config: Any, where: str) -> T:
     if not isinstance(values, dict):
         raise LowraError(f"{where} is {_shown(values)}; expected settings, KEY: VALUE.")
     specs = {spec.name: spec for spec in dataclasses.fields(kind) if spec.init}  # type: ignore[arg-type]
-    values = {str(key): value for key, value in values.items() if key not in ("_convert_", "_recursive_")}
+    values = {str(k): v for k, v in values.items() if k not in ("_target_", "_convert_", "_recursive_")}
     hints = typing.get_type_hints(kind, include_extras=True)
     for key, value in values.items():
         if key not in specs:
@@ -185,7 +185,7 @@ _WORDS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    str: "a text",
+    str: "text",
     None: "null",
     types.NoneType: "null",
 }

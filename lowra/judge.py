@@ -12,7 +12,7 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from lowra.errors import LowraError
 from lowra.methods import Method, Observation, check_observation, check_recovery
 from lowra.metrics.base import Scorer
 from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
-from lowra.plan import Plan, Task, Variant
+from lowra.plan import Plan, Task, Variant, options
 from lowra.records import COORDINATES, LAYER_FIELDS, SCORE, KeptWeights, Store, dumps, key_of, model_digest
 
 # A recovered weight that waits for a metric is kept on disk where recovering it again takes longer than writing it,
@@ -261,7 +261,7 @@ class ModelJudge:
             made = self.plan.metrics[metric]
             base = str(self.plan.data.base)
             self.fixed[metric] = {
-                "settings": json.dumps(_options(self.plan, metric), sort_keys=True, default=str),
+                "settings": json.dumps(options(self.plan.cfg.metrics[metric]), sort_keys=True, default=str),
                 "inputs": made.inputs(self.plan.data.evaluation),
                 "base": folder_digest(Path(base)) if Path(base).is_dir() else base,
                 "code": code_digest(module_of(made)),
@@ -335,14 +335,6 @@ class ModelJudge:
             self.problems.append(sentence)
 
 
-def _options(plan: Plan, metric: str) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    options = OmegaConf.to_container(plan.cfg.metrics[metric], resolve=True)
-    assert isinstance(options, dict)
-    return {str(name): value for name, value in options.items()}
-
-
 _RESERVED = {*LAYER_FIELDS, *COORDINATES, "exact_layers", "failed_layers", "layers", "w_error_layer_std"}
 
 
@@ -356,10 +348,3 @@ def _numbers(values: Any) -> dict[str, float]:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise TypeError(f"score returned {name!r}: {type(value).__name__}; expected a number")
     return {str(name): float(value) for name, value in values.items()}
-
-
-def complete(plan: Plan, store: Store, draw: Any, variants: Sequence[Variant]) -> Iterator[Variant]:
-    """The variants whose records of a draw are all there."""
-    for variant in variants:
-        if all(store.get("layer", plan.key(draw, index, variant)) is not None for index in plan.layers):
-            yield variant

@@ -180,5 +180,4 @@ def report(plan: Plan, store: Store, *, figures: bool) -> str:
         records = read([plan.folder], set(plan.keys()))
     except LowraError:
         return ""
-    order = [variant.label for variant in plan.variants.values()]
-    return reporting.write(records, plan.folder, methods_order=order, figures=figures)
+    return reporting.write(records, plan.folder, methods_order=list(plan.variants), figures=figures)

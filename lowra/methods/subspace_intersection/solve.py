@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -30,6 +30,9 @@ IDENTIFIABLE = 1e-6
 # side, over n. On planted layers with such spaces the refinement gained 0.003 of W-Error.
 SLIVER = 0.1
 WELL_APART = 1 / 6
+
+# Singular values of the updates end in a clear edge, not in the noise, when the last one is this far above the cutoff.
+CLEAR_EDGE = 30.0
 
 # Gauss-Newton steps. The linear solution starts within rounding of the optimum, and the first step does nearly all.
 POLISH_STEPS = 2
@@ -112,15 +115,29 @@ class Tangents:
 class Solution:
     """An estimate X (a, b) in the core, with the ranks and spaces its residuals C_i - X have above the noise.
 
-    tails: (n,) largest singular value of each residual beyond its rank; edge: the smallest one within the ranks, over
-    the cutoff it passed. energy: weighted sum of squares beyond the ranks, the maximum-likelihood objective.
+    heights: (n, p) singular values of the residuals over each model's cutoff, descending; those above 1 are signal.
+    tails: (n,) largest singular value of each residual beyond its rank. energy: weighted sum of squares beyond the
+    ranks, the maximum-likelihood objective.
     """
 
     x: Tensor
     tangents: Tangents
+    heights: Tensor
     tails: Tensor
-    edge: float
     energy: float
+
+    @property
+    def edge(self) -> float:
+        """The smallest singular value within the ranks, over the cutoff it passed; infinite where all ranks are 0."""
+        return float(torch.where(self.heights > 1, self.heights, math.inf).min()) if self.heights.numel() else math.inf
+
+    def exceeds(self, hint: int) -> bool:
+        """Whether an update has clearly a larger rank than the one granted, not for what the noise may add."""
+        return bool(((self.heights > CLEAR_EDGE).sum(1) > hint).any())
+
+    def falls_short(self, hint: int) -> bool:
+        """Whether all updates have clearly a lower rank than the one granted, not for what the noise may hide."""
+        return max(self.tangents.ranks) < hint and self.edge > CLEAR_EDGE
 
     @property
     def size(self) -> tuple[int, int, float]:
@@ -184,24 +201,21 @@ def resolve(core: Core, x: Tensor) -> Solution:
     rest = torch.where(signal, 0, values)
     energy = float((core.weights[:, 0] * rest.square()).sum())
     tangents = Tangents(bases_left, bases_right, ranks, core.weights)
-    edge = torch.where(signal, values / core.cutoffs()[:, None], math.inf).min()
-    return Solution(x, tangents, rest.amax(1), float(edge), energy)
+    return Solution(x, tangents, values / core.cutoffs()[:, None], rest.amax(1), energy)
 
 
-def solve(core: Core, hint: int | None) -> Solution:
-    """The simplest X that explains all models: smallest sum of ranks, then smallest residual.
+def candidates(core: Core, hint: int | None) -> Iterator[tuple[Solution, bool]]:
+    """Solutions worth a comparison, and whether each keeps the ranks it was made with.
 
-    Candidates differ in the ranks (counted in the pairs; at the largest gap of each intersection; the hint), and in the
-    sides used. Both sides is the rule. Where models share directions on one side, the intersections on the other
-    side come out too small and their equations are wrong; that side alone, or the other, then wins the comparison. The
-    first candidate that keeps the rank it was made with is taken without trying others.
+    They differ in the ranks (counted in the pairs; at the largest gap of each intersection; the hint), and in the sides
+    used. Both sides is the rule. Where models share directions on one side, the intersections on the other side come
+    out too small and their equations are wrong; that side alone, or the other, then wins the comparison.
     """
     pairs = pair_spaces(core)
     sides = [[intersect(spaces, i, pairs.partners(i)) for i in range(pairs.n)] for spaces in (pairs.left, pairs.right)]
     gaps = [[rank_at_gap(shares) for _, shares in side] for side in sides]
     counted = ranks_from_pairs(pairs)
     proposals = [(counted, counted), (gaps[0], gaps[1]), *([([hint] * pairs.n,) * 2] if hint else [])]
-    best: Solution | None = None
     for ranks in proposals:
         left, right = (
             padded([directions[:, :rank] for (directions, _), rank in zip(side, side_ranks, strict=True)])
@@ -209,12 +223,28 @@ def solve(core: Core, hint: int | None) -> Solution:
         )
         for chosen in ((left, right), (left, None), (None, right)):
             solution = resolve(core, least_squares(core, *chosen))
-            if best is None or solution.size < best.size:
-                best = solution
-            if list(solution.tangents.ranks) == ranks[0] == ranks[1]:
-                return solution
+            yield solution, list(solution.tangents.ranks) == ranks[0] == ranks[1]
+
+
+def solve(core: Core, hint: int | None) -> Solution:
+    """The simplest X that explains all models: smallest sum of ranks, then smallest residual.
+
+    The first candidate that keeps the rank it was made with is taken without trying others.
+    """
+    best: Solution | None = None
+    for solution, kept in candidates(core, hint):
+        if kept:
+            return solution
+        if best is None or solution.size < best.size:
+            best = solution
     assert best is not None
     return best
+
+
+def solve_as_told(core: Core, hint: int) -> Solution | None:
+    """The simplest X for which no update exceeds the rank granted, if any is found."""
+    agreeing = (solution for solution, _ in candidates(core, hint) if not solution.exceeds(hint))
+    return min(agreeing, key=lambda solution: solution.size, default=None)
 
 
 def without_shared(core: Core, tangents: Tangents) -> Core:
