@@ -244,6 +244,8 @@ def _columns(view: View, records: Records) -> tuple[list[Path], dict[str, str]]:
     folders = [Path(folder) for folder in view.layers["folder"].unique()]
     names = {"reference": "Pre-FT (truth)"}
     scores = records.scores
+    for column, value in view.setting.items():
+        scores = scores[scores[column] == value]
     n = int(view.trials["n_loras"].max())
     numbers = paper_numbers(view.subset)
     if numbers and numbers["n_loras"] in set(view.trials["n_loras"]):
@@ -251,7 +253,6 @@ def _columns(view: View, records: Records) -> tuple[list[Path], dict[str, str]]:
     for row in reversed(view.rows):
         variant = view.layers.loc[view.layers["row"] == row, "variant"].iloc[0]
         mine = scores[(scores["variant"] == variant) & (scores["n_loras"] == n) & (scores["trial"] == 0)]
-        mine = mine[(mine["data"] == view.setting["data"]) & (mine["merge_dtype"] == view.setting["merge_dtype"])]
         for weights in mine["weights"].head(1):
             label = str(weights[0])
             names[label] = f"{names[label]}, {row}" if label in names else row
