@@ -144,7 +144,7 @@ def test_state_dicts_that_do_not_fit_are_refused(base):
         ({"blocks": "first"}, r"metrics\.activation_distance\.blocks is 'first'; expected one of last, all"),
         ({"batch_size": 0}, r"metrics\.activation_distance\.batch_size is 0; expected a whole number, at least 1"),
         ({"images_per_class": "abc"}, r"images_per_class is 'abc'; expected a whole number, at least 1"),
-        ({"images": 7}, r"images is 7; expected a text, not empty or null"),
+        ({"images": 7}, r"images is 7; expected text, not empty or null"),
         ({"images": "no-such-folder"}, r"no-such-folder has no sub-folders; expected one per class"),
     ],
 )

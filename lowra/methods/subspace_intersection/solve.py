@@ -131,7 +131,7 @@ class Solution:
 
     @property
     def edges(self) -> Tensor:
-        """(n,): the smallest singular value within each rank, over the cutoff it passed; infinite where the rank is 0."""
+        """(n,): the smallest singular value within each rank over the cutoff it passed; infinite for rank 0."""
         above = torch.where(self.heights > 1, self.heights, math.inf)
         return above.amin(1) if above.numel() else above.new_full((above.shape[0],), math.inf)
 
