@@ -167,7 +167,8 @@ def _state(merged: Tensor) -> tuple[int, int]:
     Writes through numpy or `.data` are not counted, but change the sum.
     """
     version = 0 if merged.is_inference() else merged._version
-    return version, int(merged.view(torch.int32).sum(dtype=torch.int64))
+    bits = torch.int64 if merged.element_size() * merged.shape[-1] % 8 == 0 else torch.int32  # fewer, wider numbers
+    return version, int(merged.view(bits).sum(dtype=torch.int64))
 
 
 def weight_digest(weight: Tensor) -> str:

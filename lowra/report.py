@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument(
         "--to", type=Path, metavar="FOLDER", help="write the records, compactly, and tables and figures"
     )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write everything as one HTML page, of any folders")
     arguments = parser.parse_args()
     tell_mistakes(lambda: work(arguments))
 
@@ -74,6 +75,11 @@ def work(arguments: argparse.Namespace) -> None:
     records = read(arguments.folders)
     if arguments.summary:
         print(tables.markdown(tables.summary(views(records))))
+        return
+    if arguments.page:
+        from lowra.reporting.page import write_page
+
+        print(f"Written: {write_page(records, arguments.page)}")
         return
     refuse_mixed(records, arguments.folders)
     if arguments.to:

@@ -19,11 +19,8 @@ from lowra.bench.synthetic import Family, SyntheticTable
 from lowra.builders.base import Builder, Built, recipe_key
 from lowra.checks import Count, Name, OneOf, make, make_as
 from lowra.errors import LowraError
-from lowra.packages import require
+from lowra.packages import BUILDERS, require
 from lowra.paths import conf_dir, register_resolvers
-
-PACKAGES = ("accelerate", "datasets", "diffusers", "peft", "torchvision", "transformers", "trl")
-"""What builders train with."""
 
 KINDS = ("image_classifier", "causal_lm", "text_to_image")
 """Kinds of model; metrics name those they can score."""
@@ -119,7 +116,6 @@ class Recipe:
     def make_builder(self) -> Builder:
         """The builder. Raises LowraError where there is none, or for a setting that it does not have or cannot use."""
         subset = self.subset["name"]
-        require(f"source={self.name}", *PACKAGES)
         if self.builder is None:
             known = sorted(path.stem for path in (conf_dir() / "builder").glob(f"*_{self.name}.yaml"))
             raise LowraError(
@@ -127,6 +123,7 @@ class Recipe:
                 f".yaml. Use source=published with source.path=FOLDER, or another subset "
                 f"({', '.join(stem.removesuffix(f'_{self.name}') for stem in known)})."
             )
+        require(f"source={self.name}", *BUILDERS)
         try:
             return make(self.builder, "builder")
         except LowraError as error:
