@@ -63,8 +63,8 @@ class LayerJudge:
         measured = []
         for name in task.variants:
             found, candidates = self._recover(self.methods[name], observation, layer)
-            if candidates is None and "WroteIntoStack" in found["status"]:
-                observation = self._observe(layer, task)  # nobody else gets what was written
+            if candidates is None:  # whatever it did to the stack, nobody else gets that
+                observation = self._observe(layer, task)
             if candidates is not None and self.digests:
                 found["weights"] = [self._kept(candidate, found) for candidate in candidates]
             measured.append(found | {"floor_w_error": floor})
@@ -161,14 +161,14 @@ def _failed(error: BaseException, seconds: float) -> dict[str, Any]:
     }
 
 
-def _state(merged: Tensor) -> tuple[int, int]:
-    """What changes when somebody writes into a tensor: torch's own count of writes, and the sum of its bits.
+def _state(merged: Tensor) -> tuple[tuple[int, ...], int, int]:
+    """What changes when somebody writes into a tensor: its shape, torch's own count of writes, the sum of its bits.
 
     Writes through numpy or `.data` are not counted, but change the sum.
     """
     version = 0 if merged.is_inference() else merged._version
     bits = torch.int64 if merged.element_size() * merged.shape[-1] % 8 == 0 else torch.int32  # fewer, wider numbers
-    return version, int(merged.view(bits).sum(dtype=torch.int64))
+    return tuple(merged.shape), version, int(merged.view(bits).sum(dtype=torch.int64))
 
 
 def weight_digest(weight: Tensor) -> str:
