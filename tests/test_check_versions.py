@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 from packaging.requirements import Requirement
 
+from lowra.packages import BUILDERS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -53,6 +55,11 @@ def test_an_extra_that_repeats_a_requirement_repeats_its_range() -> None:
             if requirement.name != "lowra":
                 ranges.setdefault(requirement.name, set()).add(str(requirement.specifier))
     assert {name: found for name, found in ranges.items() if len(found) > 1} == {}
+
+
+def test_the_extra_for_builders_is_what_they_are_checked_for() -> None:
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["builders"]
+    assert tuple(Requirement(line).name for line in extra) == BUILDERS
 
 
 def test_readme_installs_what_was_tested() -> None:
