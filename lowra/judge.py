@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowra.bench.foreign import swap
 from lowra.bench.merging import merge, merge_dtype
 from lowra.bench.schema import Layer, LayerTable
 from lowra.code import code_digest, digest, module_of
@@ -51,6 +52,7 @@ class LayerJudge:
     methods: Mapping[str, Method]
     merge_dtype: str
     merge_order: str
+    foreign: int
     device: str
     digests: bool
     keep: KeptWeights | None
@@ -58,8 +60,9 @@ class LayerJudge:
     def judge(self, task: Task) -> list[dict[str, Any]]:
         """One layer of one draw by all the task's variants: the measured part of a record each, in their order."""
         layer = self.table.read(task.index, task.draw.models)
-        observation = self._observe(layer, task)
-        floor = floor_error(observation.merged.cpu(), layer)
+        merged = merge(layer, merge_dtype(self.merge_dtype), self.merge_order)
+        floor = floor_error(merged, layer)
+        observation = self._observe(layer, task, merged)
         measured = []
         for name in task.variants:
             found, candidates = self._recover(self.methods[name], observation, layer)
@@ -78,10 +81,13 @@ class LayerJudge:
             raise LowraError(f"Method {task.variants[0]!r} {found['status']} in a layer that it recovered before.")
         return [candidate.float() for candidate in candidates]
 
-    def _observe(self, layer: Layer, task: Task) -> Observation:
+    def _observe(self, layer: Layer, task: Task, merged: Tensor | None = None) -> Observation:
+        """What the attacker sees of a layer. merged: its merges where they are made already; they are handed on."""
         dtype = merge_dtype(self.merge_dtype)
-        merged = merge(layer, dtype, self.merge_order).to(self.device)
-        observation = Observation(merged=merged, rank=task.rank, seed=task.seed, storage=dtype)
+        if merged is None:
+            merged = merge(layer, dtype, self.merge_order)
+        merged = swap(layer, merged, dtype, self.merge_order, seed=task.draw_seed, count=self.foreign)
+        observation = Observation(merged=merged.to(self.device), rank=task.rank, seed=task.seed, storage=dtype)
         check_observation(observation)
         return observation
 
@@ -298,7 +304,7 @@ class ModelJudge:
             weight = self.store.weights.get(record["weights"][candidate])
             if weight is None:
                 plan = self.plan
-                task = Task(draw, index, (variant.name,), plan.seed(draw, index), plan.granted(draw, index))
+                task = plan.task(draw, index, (variant.name,))
                 weight = self.layers.weights(task)[candidate]
             weights[info.model, info.name] = weight
         return weights

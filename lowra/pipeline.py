@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def run(cfg: DictConfig) -> Outcome:
         methods={name: variant.method for name, variant in plan.variants.items()},
         merge_dtype=cfg.merge.dtype,
         merge_order=cfg.merge.order,
+        foreign=cfg.merge.foreign,
         device=str(plan.device),
         digests=plan.data.base is not None,
         keep=weights,
@@ -151,7 +152,7 @@ def still_open(plan: Plan, store: Store, todo: Sequence[Task], active: Sequence[
             for name in task.variants
             if name in active and not store.done(LAYER, plan.key(task.draw, task.index, plan.variants[name]))
         )
-        yield Task(task.draw, task.index, names, task.seed, task.rank)
+        yield replace(task, variants=names)
 
 
 def score(plan: Plan, models: ModelJudge, draw: Draw, sharded: bool) -> None:
