@@ -367,7 +367,7 @@ def freeze_shared_a(model: torch.nn.Module, seed: int) -> None:
             parameter.requires_grad_(False)
 
 
-def check_tasks(data: Path, tasks: list[str]) -> None:
+def check_tasks(data: Path, tasks: Sequence[str]) -> None:
     """Raise LowraError unless every task's folder is there with both lists and their images."""
     for task in tasks:
         if not (data / task).is_dir():
@@ -420,7 +420,7 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(states, key=lambda path: int(path.parent.name.split("-")[1])).parent) if states else None
 
 
-def check_changed(base: Path, adapter: Path, merged: Any, heads: list[str]) -> None:
+def check_changed(base: Path, adapter: Path, merged: Any, heads: Sequence[str]) -> None:
     """Raise LowraError unless fine-tuning changed the targeted weights and no others (App. G)."""
     stored = StoredState(base)
     expected = tuple(sorted(layer_names(base, Adapter(adapter).modules).values()))
