@@ -15,7 +15,7 @@ from lowra.errors import LowraError, unknown
 from lowra.paths import conf_dir, register_resolvers
 
 
-def command(work: Callable[[DictConfig], Any]) -> None:
+def command(work: Callable[[DictConfig], Any], config: str = "config") -> None:
     """Compose the configuration from the command line and do the work.
 
     A user's mistake is one sentence and exit status 2, an interrupt says how to go on (130); other exceptions are bugs
@@ -24,12 +24,12 @@ def command(work: Callable[[DictConfig], Any]) -> None:
     register_resolvers()
     quiet_libraries()
 
-    @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
+    @hydra.main(config_path=str(conf_dir()), config_name=config, version_base="1.3")
     def main(cfg: DictConfig) -> None:
         # Inside of Hydra, which would print a traceback of its own.
         tell_mistakes(lambda: work(cfg))
 
-    tell_mistakes(lambda: check_choices(sys.argv[1:]))
+    tell_mistakes(lambda: check_choices(sys.argv[1:], config))
     main()
 
 
@@ -45,7 +45,7 @@ def tell_mistakes(work: Callable[[], Any]) -> None:
         raise SystemExit(130) from None
 
 
-def check_choices(arguments: Sequence[str]) -> None:
+def check_choices(arguments: Sequence[str], config: str = "config") -> None:
     """Raise LowraError for a subset, source, method or metric that no config file is named after, listing the known.
 
     Hydra's own message for an element of a list names none. Command lines with flags (`--help`) are left to Hydra.
@@ -54,7 +54,7 @@ def check_choices(arguments: Sequence[str]) -> None:
         return
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            hydra.compose("config", overrides=list(arguments))
+            hydra.compose(config, overrides=list(arguments))
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         kind = {"methods": "method", "metrics": "metric"}.get(group, group)
