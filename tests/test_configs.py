@@ -31,7 +31,7 @@ def test_every_subset_at_every_source_composes(subset: str, source: str, configu
     assert len(pipeline.make_metrics(cfg)) == expected
     if source in ("mini", "build") and subset != "custom":
         for key in OmegaConf.missing_keys(cfg.builder):  # folders of one's own, which have no default
-            with pytest.raises(LowraError, match=rf"needs {key}=\.\.\.; conf/builder/{subset}_{source}\.yaml"):
+            with pytest.raises(LowraError, match=rf"give {key}=\.\.\. \(conf/builder/{subset}_{source}\.yaml"):
                 make_builder(cfg)
             OmegaConf.update(cfg, key, "folder")
         assert make_builder(cfg) is not None

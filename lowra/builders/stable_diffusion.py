@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from lowra.bench.schema import Layer, Lora, write_dataset
+from lowra.bench.schema import Layer, write_dataset
 from lowra.builders.base import Built, stage
 from lowra.builders.kohya import LoraFile, Module, expected_modules
 from lowra.checkpoints.stored import component_folder, load_state_dict, resolve
@@ -54,14 +54,11 @@ def collect(base: str, adapters: Sequence[Adapter], folder: Path, *, allow_missi
                 component = module.component
                 state = load_state_dict(component_folder(base, component))
             weight = state[resolve(module.layer_name, state)]
-            loras = []
-            for adapter, file in zip(adapters, files, strict=True):
-                factors = file.read(module)
-                rank = factors.A.shape[0]
-                found[adapter.name]["rank"].add(rank)
-                found[adapter.name]["alpha"].add(factors.alpha)
-                loras.append(Lora(adapter.name, rank, factors.alpha, factors.A, factors.B))
-            yield Layer(component, module.layer_name, base_name(base), weight.flatten(1).float(), tuple(loras))
+            updates = tuple(file.read(module) for file in files)
+            for update in updates:
+                found[update.name]["rank"].add(update.rank)
+                found[update.name]["alpha"].add(update.alpha)
+            yield Layer(component, module.layer_name, base_name(base), weight.flatten(1).float(), updates)
 
     write_dataset(layers(), folder)
     return {
@@ -85,7 +82,7 @@ def open_files(
     Raises LowraError for a file that does not fit, or that lacks a module or never trained it (B = 0), unless allowed.
     """
     modules = expected_modules(base)
-    files = [LoraFile(adapter.path, modules) for adapter in adapters]
+    files = [LoraFile(adapter.path, modules, adapter.name) for adapter in adapters]
     advice = "Take another file, or set allow_missing=true to leave those layers out for all LoRAs."
     for file in files if not allow_missing else []:
         if missing := [module.kohya_name for module in modules if module not in file.modules]:

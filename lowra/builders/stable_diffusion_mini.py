@@ -45,8 +45,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lowra.bench.updates import Update
 from lowra.builders.base import Built, stage
-from lowra.builders.kohya import Factors, Module, expected_modules, write_kohya
+from lowra.builders.kohya import Module, expected_modules, write_kohya
 from lowra.builders.stable_diffusion import Adapter, collect
 from lowra.builders.stable_diffusion_pictures import STYLES, Scene, describe, draw, random_scenes, style_statistics
 from lowra.errors import LowraError
@@ -288,8 +289,8 @@ class StableDiffusionMini:
         write_kohya(
             folder / f"{style}.safetensors",
             {
-                **peft_factors(modules, "unet", get_peft_model_state_dict(unet), self.alpha),
-                **peft_factors(modules, "text_encoder", get_peft_model_state_dict(text_encoder), self.alpha),
+                **peft_updates(modules, "unet", get_peft_model_state_dict(unet), style, self.alpha),
+                **peft_updates(modules, "text_encoder", get_peft_model_state_dict(text_encoder), style, self.alpha),
             },
         )
         # How far the generated pictures have moved from the base model's to the style's own, in style statistics.
@@ -460,19 +461,16 @@ def _train(
     return float(np.mean(losses[-max(1, steps // 10) :]))
 
 
-def peft_factors(
-    modules: list[Module], component: str, state: dict[str, Tensor], alpha: float
-) -> dict[Module, Factors]:
+def peft_updates(
+    modules: list[Module], component: str, state: dict[str, Tensor], name: str, alpha: float
+) -> dict[Module, Update]:
     """PEFT's factors (`<path>.lora_A.weight`, `<path>.lora_B.weight`) of one component, by module."""
-    return {
-        module: Factors(
-            A=state[f"{module.path}.lora_A.weight"].flatten(1),
-            B=state[f"{module.path}.lora_B.weight"].flatten(1),
-            alpha=alpha,
-        )
-        for module in modules
-        if module.component == component
-    }
+    updates = {}
+    for module in modules:
+        if module.component == component:
+            a, b = (state[f"{module.path}.lora_{part}.weight"].flatten(1) for part in "AB")  # (r, k), (d, r)
+            updates[module] = Update(name, a.shape[0], alpha, a, b)
+    return updates
 
 
 def load_images(folder: Path, count: int) -> Tensor:

@@ -410,8 +410,8 @@ def _measured(layers: Iterator[Layer], ratios: dict[str, float]) -> Iterator[Lay
     """Pass layers on, and fill in each LoRA's mean over layers of |update| / |weight| (Frobenius norms)."""
     sums: dict[str, list[float]] = {}
     for layer in layers:
-        for lora in layer.loras:
-            sums.setdefault(lora.name, []).append(float(lora.delta().norm() / layer.weight.norm()))
+        for update in layer.loras:
+            sums.setdefault(update.name, []).append(float(update.delta().norm() / layer.weight.norm()))
         yield layer
     ratios |= {name: sum(values) / len(values) for name, values in sums.items()}
 

@@ -10,7 +10,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from lowra.bench.schema import open_dataset
-from lowra.builders.kohya import Factors, LoraFile, expected_modules, write_kohya
+from lowra.bench.updates import Update
+from lowra.builders.kohya import LoraFile, expected_modules, write_kohya
 from lowra.builders.stable_diffusion import CIVITAI, Adapter, StableDiffusionBuild, collect
 from lowra.builders.stable_diffusion_mini import StableDiffusionMini, load_pipeline, make_tokenizer
 from lowra.builders.stable_diffusion_pictures import (
@@ -74,8 +75,11 @@ def loras(built, tmp_path):
     versions = [entry["version"] for entry in json.loads(CIVITAI.read_text())][:2]
     for rank, version in zip((2, 3), reversed(versions), strict=True):
         torch.manual_seed(version)
-        factors = {m: Factors(torch.randn(rank, m.shape[1]), torch.randn(m.shape[0], rank), 1.0) for m in modules}
-        write_kohya(tmp_path / f"{version}.safetensors", factors)
+        updates = {
+            m: Update(str(version), rank, 1.0, torch.randn(rank, m.shape[1]), torch.randn(m.shape[0], rank))
+            for m in modules
+        }
+        write_kohya(tmp_path / f"{version}.safetensors", updates)
     return tmp_path, modules
 
 
