@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lowra.cli import command
 from lowra.errors import LowraError, unknown
@@ -25,6 +25,9 @@ def recover(cfg: DictConfig) -> None:
     from lowra.methods.base import as_method
     from lowra.recovery.session import Request, carry_out, foresee, make_plan
 
+    for key, expected in (("models", "models='[A,B,C]'"), ("output", "output=FOLDER, or output=null for an audit")):
+        if OmegaConf.is_missing(cfg, key):
+            raise LowraError(f"{key} has no value; give {expected}.")
     if cfg.method not in cfg.methods:
         raise unknown(
             "method", cfg.method, cfg.methods, f"One of your own: methods=[{cfg.method}] method={cfg.method}."

@@ -38,6 +38,8 @@ def headers(repository: str) -> Checkpoint:
 
     A repository whose weights are in folders, or not in safetensors, is known only once it is fetched.
     """
+    if repository.startswith((".", "/", "~")) or repository.count("/") > 1:
+        raise LowraError(f"There is no model at {repository}.")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 

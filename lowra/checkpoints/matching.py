@@ -42,7 +42,7 @@ _COMMON = 0.5
 class Match:
     """One tensor of the first model and what it is called in the others.
 
-    names: per model, None where it lacks the tensor. rows: of the first dimension, what all that have it have in common.
+    names: per model, None where it lacks the tensor. rows: of the first dimension, what all that have it share.
     note: what is unusual about it, "" where nothing is.
     """
 
@@ -224,6 +224,6 @@ def _check_architecture(first: Checkpoint, other: Checkpoint, found: Sequence[Ma
     theirs = next((s.shape(odd.name) for s in other.components.values() if odd.name in s), None)
     has = f"has shape {theirs} there" if theirs is not None else "is not there"
     raise LowraError(
-        f"{other.label} is of another architecture than {first.label}: {common} of {len(matrices)} matrices agree in name "
-        f"and shape; the first that does not, {odd.label!r} of shape {odd.info.shape}, {has}."
+        f"{other.label} is of another architecture than {first.label}: {common} of {len(matrices)} matrices agree in "
+        f"name and shape; the first that does not, {odd.label!r} of shape {odd.info.shape}, {has}."
     )

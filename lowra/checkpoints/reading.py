@@ -1,4 +1,4 @@
-"""Checkpoints as files: what they hold is known from headers, a tensor is read when it is asked for, in pieces if need be.
+"""Checkpoints as files: what they hold is known from headers, a tensor is read when it is asked for, whole or in part.
 
 One checkpoint is a `StoredState`: the weights of one component under the names in its files, which differ from the
 attribute paths of today's libraries (transformers renames modules on load). A model is a `Checkpoint`: its components,
@@ -137,7 +137,7 @@ class StoredState(Mapping[str, Tensor]):
                 self._pickled[info.path] = unpickled(info.path)
             return out.copy_(self._pickled[info.path][name].reshape(-1)[start:stop])
         if out.numel():
-            view = memoryview(out.view(torch.uint8).numpy())
+            view = memoryview(out.view(torch.uint8).numpy().data)
             with open(info.path, "rb", buffering=0) as file:
                 file.seek(info.offset + start * info.dtype.itemsize)
                 done = 0
@@ -368,13 +368,13 @@ def open_checkpoint(place: str | Path, label: str | None = None) -> Checkpoint:
     for state in components.values():
         if unmerged := next((name for name in state if re.search(r"[._]lora_(A|B|up|down)\b", name)), None):
             raise LowraError(
-                f"{label} holds LoRA factors ({unmerged!r}), not merged weights: merge them into the base and save that."
+                f"{label} holds LoRA factors ({unmerged!r}), not merged weights: merge them into the base, save that."
             )
     return checkpoint
 
 
 def _component_names(folder: Path) -> list[str]:
-    """Folders beside the root's weights that belong to the model: a pipeline's components, sentence-transformers' heads."""
+    """Folders with weights of the model: a pipeline's components, sentence-transformers' heads."""
     named: list[str] = []
     for listing in ("model_index.json", "modules.json"):
         path = folder / listing
@@ -510,7 +510,7 @@ def other_files(checkpoint: Checkpoint) -> Sequence[Path]:
     kept = []
     for path in sorted(checkpoint.place.rglob("*")):
         inside = path.relative_to(checkpoint.place)
-        hidden = any(part.startswith(".") or part.startswith("checkpoint-") for part in inside.parts)
+        hidden = any(part.startswith((".", "checkpoint-")) for part in inside.parts)
         if path.is_file() and not hidden and path.suffix not in _WEIGHT_SUFFIXES and ".index" not in path.name:
             kept.append(inside)
     return kept

@@ -1,6 +1,6 @@
-"""Checkpoints written a tensor at a time, in any order, by any number of processes, and taken up where a kill left them.
+"""Checkpoints written a tensor at a time, in any order, by any number of processes, resumed where a kill left them.
 
-All names, shapes and dtypes of what is written are known before the first byte, so a shard's header is written first and
+All names, shapes and dtypes of what is written are known before the first byte, so a shard's header goes first and
 every tensor has its place from then on. Nothing is held back in memory. Shards grow in a folder `NAME.partial`, which
 takes its final name once they are complete; a journal in it says which tensors are, with a checksum of their bytes.
 """
@@ -51,8 +51,8 @@ class Slot:
             raise ValueError(f"{values.numel()} {values.dtype} from {start} do not fit {self.numel} {self.dtype}")
         if not values.numel():
             return
-        view = memoryview(values.view(torch.uint8).numpy())
-        with space_told(self.path), open(self.path, "r+b", buffering=0) as file:
+        view = memoryview(values.view(torch.uint8).numpy().data)
+        with SpaceTold(self.path), open(self.path, "r+b", buffering=0) as file:
             file.seek(self.offset + start * self.dtype.itemsize)
             done = 0
             while done < len(view):
@@ -71,7 +71,7 @@ class Slot:
         return total
 
 
-class space_told:  # noqa: N801 (used as a statement)
+class SpaceTold:
     """Turn a full disk into a sentence; everything finished so far stays."""
 
     def __init__(self, path: Path) -> None:
@@ -124,7 +124,7 @@ def create_shard(path: Path, entries: Sequence[Entry], metadata: Mapping[str, st
     head = len(text).to_bytes(8, "little") + text
     if not _stands(path, head, start + end):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with space_told(path), open(path, "wb") as file:
+        with SpaceTold(path), open(path, "wb") as file:
             if hasattr(os, "posix_fallocate") and end:
                 os.posix_fallocate(file.fileno(), 0, start + end)  # a full disk shows now, not hours later
             file.truncate(start + end)
@@ -146,8 +146,8 @@ class Workshop:
     """A folder in the making: `OUT.partial`, its journal of finished pieces, and the renaming at the end.
 
     folder: the final name. key: identifies the command; a journal of another command is not continued. One process owns
-    it at a time (its workers write tensors for it). Raises LowraError when OUT holds something else, when OUT.partial is
-    another command's, or when another process works on it now.
+    it at a time (its workers write tensors for it). Raises LowraError when OUT holds something else, when OUT.partial
+    is another command's, or when another process works on it now.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -212,7 +212,7 @@ class Workshop:
         self._put(self.records[item])
 
     def _put(self, record: Mapping[str, Any]) -> None:
-        with space_told(self.partial / JOURNAL):
+        with SpaceTold(self.partial / JOURNAL):
             self._journal.write(json.dumps(record) + "\n")
             self._journal.flush()
 
@@ -229,7 +229,7 @@ class Workshop:
         path = self.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{os.getpid()}.{path.name}")
-        with space_told(path):
+        with SpaceTold(path):
             make(temporary)
             os.replace(temporary, path)
 
@@ -258,8 +258,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise LowraError(
-            f"The output needs {needed / 2**30:.2f} GiB and {place} has {free / 2**30:.2f} GiB free; make room, or name "
-            "another output."
+            f"The output needs {needed / 2**30:.2f} GiB and {place} has {free / 2**30:.2f} GiB free; make room, or "
+            "name another output."
         )
 
 

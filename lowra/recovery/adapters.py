@@ -1,7 +1,7 @@
 """Each model's own update as a PEFT adapter of the recovered base: extraction without having had the base.
 
-A tensor's factors are kept in a scratch file when it is recovered and put together at the end, one at a time, so that no
-adapter is ever in memory whole.
+A tensor's factors are kept in a scratch file when it is recovered and put together at the end, one at a time, so that
+no adapter is ever in memory whole.
 """
 
 from __future__ import annotations
@@ -69,10 +69,9 @@ def write_adapters(
     used: Sequence[int],
     records: Mapping[str, dict[str, Any]],
 ) -> dict[str, list[str]]:
-    """Put the adapters together: `folder`/NAME[/COMPONENT] per model; returns folder names and what they lack, per label.
+    """Put the adapters together, `folder`/NAME[/COMPONENT] per model; returns what each does not carry, by label.
 
-    records: by tensor label. What an adapter cannot carry (a tensor of the model that is neither low-rank nor in a module
-    of its own) is named in its own README.
+    records: by tensor label. A tensor that is neither of low rank nor in a module of its own cannot be carried.
     """
     written: dict[str, list[str]] = {}
     names = adapter_names(models, used)
@@ -191,7 +190,7 @@ def whole_modules(
 
 
 def memory_modules(model: Checkpoint, component: str) -> dict[str, tuple[str, str]]:
-    """Tensor name in the checkpoint to module path in memory and the module's class, where transformers knows the model.
+    """Tensor name in the checkpoint to module path in memory and the module's class, where transformers knows them.
 
     Only weights are listed. PEFT names modules as the library calls them once loaded, which is not as files do.
     """

@@ -99,21 +99,23 @@ def text(plan: Plan, records: Sequence[Mapping[str, Any]], lacking: Mapping[str,
         lines += fewer(records)
     lines += ["", "## What is not recovered", ""]
     lines += not_recovered(records)
-    for label, names in zip(labels, plan.matching.extra, strict=True):
-        if names:
-            shown = ", ".join(code(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
-            lines += [
-                f"- {len(names)} tensors of {code(label)} are not in the first model, and not in this one: {shown}"
-            ]
+    for label, extra in zip(labels, plan.matching.extra, strict=True):
+        if extra:
+            lines += [f"- {len(extra)} tensors of {code(label)} have no place in this layout: {first_few(extra)}"]
     for label, names in lacking.items():
         if names:
-            shown = ", ".join(code(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
             lines += [
-                f"- The adapter of {code(label)} does not carry {len(names)} tensors in which it differs: {shown}"
+                f"- The adapter of {code(label)} lacks {len(names)} tensors in which it differs: {first_few(names)}"
             ]
-    lines += ["", "## Layer by layer", ""] + listing(records)
+    lines += ["", "## Layer by layer", "", *listing(records)]
     lines += ["", *reading(audit)]
     return "\n".join(lines) + "\n"
+
+
+def first_few(names: Sequence[str], count: int = 5) -> str:
+    """The first names as code, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(code(name) for name in names[:count]) + more
 
 
 def headline(plan: Plan, records: Sequence[Mapping[str, Any]]) -> str:
@@ -122,14 +124,14 @@ def headline(plan: Plan, records: Sequence[Mapping[str, Any]]) -> str:
     sure = [record for record in asked if record["certainty"] == "certified"]
     kept = sum(record["certainty"] == "kept" for record in records)
     copied = sum(record["decision"] in ("copied", "agreed") for record in records)
-    n = len(plan.used)
-    start = f"From {n} fine-tuned models: of {len(asked)} matrices that updates of low rank changed, {len(sure)} are certified"
+    start = f"From {len(plan.used)} fine-tuned models: of {len(asked)} matrices changed by updates of low rank, "
+    start += f"{len(sure)} are certified"
     exact = [r for r in asked if to_the_last_bit(r)]
     if exact:
         start += f", {len(exact)} of them expected to the last bit"
     return (
-        f"{start}. {copied} tensors are the same in the models and were copied; {kept} were changed in full and are not "
-        "recovered."
+        f"{start}. {copied} tensors are the same in the models and were copied; {kept} were changed in full and are "
+        "not recovered."
     )
 
 
@@ -171,8 +173,8 @@ def by_kind(records: Sequence[Mapping[str, Any]], used: Sequence[str]) -> list[s
         shares = [record["predicted_exact"] for record in asked if record.get("predicted_exact") is not None]
         share = percent(sum(shares) / len(shares)) if shares else "-"
         rows.append(
-            f"| {cell(name)} ({len(group)}) | {sure} of {len(group)} | {bits} | {cell(ranks) or '-'} | {grids} | {error} "
-            f"| {share} |"
+            f"| {cell(name)} ({len(group)}) | {sure} of {len(group)} | {bits} | {cell(ranks) or '-'} | {grids} "
+            f"| {error} | {share} |"
         )
     return rows
 
@@ -213,8 +215,7 @@ def not_recovered(records: Sequence[Mapping[str, Any]]) -> list[str]:
         return ["Everything that differs between the models is certified."]
     lines = []
     for status, names in reasons.items():
-        shown = ", ".join(code(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        lines.append(f"- {shown}: {cell(status)}")
+        lines.append(f"- {first_few(names, 3)}: {cell(status)}")
     return lines
 
 

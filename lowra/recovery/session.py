@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowra import __version__
+from lowra import __version__, pool
 from lowra.checkpoints.hub import cached, fetch, headers
 from lowra.checkpoints.matching import Match, Matching, match
 from lowra.checkpoints.reading import Checkpoint, open_checkpoint, other_files
@@ -26,6 +26,7 @@ from lowra.checkpoints.writing import (
     output_name,
     plan_shards,
 )
+from lowra.code import code_digest, digest, module_of
 from lowra.errors import LowraError, unknown
 from lowra.methods.base import Method
 from lowra.recovery import card
@@ -80,7 +81,7 @@ class Request:
             raise LowraError(f"{self.method.pretty} needs the rank of the updates; give rank=16, say.")
         if self.adapters and self.output is None:
             raise LowraError("adapters=true writes files; name an output folder (output=null is the audit).")
-        places = {}
+        places: dict[Path | str, str] = {}
         for name in self.models:
             place = Path(name).resolve() if Path(name).exists() else name
             if place in places:
@@ -137,7 +138,7 @@ class Plan:
         return sum(tensor.info.nbytes for tensor in self.matching.tensors)
 
     def memory(self) -> int:
-        """Bytes of memory the work takes at most: n + 3 times the largest matrix in float32, per job, and a constant."""
+        """Bytes the work takes at most: n + 3 times the largest matrix in float32, and a constant, for every job."""
         sizes = [view_of(t.info.shape, t.rows) for t in self.to_solve()]
         largest = max((view.d * view.k for view in sizes), default=0) * 4
         return self.request.jobs * ((len(self.used) + 3) * largest + CONSTANT)
@@ -196,8 +197,8 @@ def _refuse_twins(models: Sequence[Checkpoint], matching: Matching, parts: Seque
                 continue
             if all(len(agreeing(sources(tensor, models, [i, j]))) == 1 for tensor, _ in shared):
                 raise LowraError(
-                    f"{models[i].label} and {models[j].label} hold the same weights in every tensor; every model counts "
-                    "once, so leave one of them out."
+                    f"{models[i].label} and {models[j].label} hold the same weights in every tensor; every model "
+                    "counts once, so leave one of them out."
                 )
 
 
@@ -251,8 +252,6 @@ def carry_out(plan: Plan, say: Callable[[str], None] = lambda line: None, progre
         say(f"Going on: {len(plan.matching.tensors) - len(pending)} of {len(plan.matching.tensors)} tensors are done.")
     for at, record in _worked(plan, task, pending, progress):
         label = plan.matching.tensors[at].label
-        if label in slots:
-            record["checksum"] = slots[label].checksum()
         done[label] = record
         if workshop is not None:
             workshop.done(label, record)
@@ -291,13 +290,31 @@ def _worked(plan: Plan, task: Task, pending: Sequence[int], progress: bool) -> I
     """Records of the pending tensors as they are finished, each with its tensor's position."""
     from tqdm import tqdm
 
-    tensors = plan.matching.tensors
-    with tqdm(total=len(tensors), initial=len(tensors) - len(pending), unit="tensor", disable=not progress) as bar:
-        for position, at in enumerate(pending):
-            if position + 1 < len(pending):
-                task.sources(tensors[pending[position + 1]]).expect()
-            yield at, settle(task, tensors[at])
+    total, jobs = len(plan.matching.tensors), min(plan.request.jobs, max(1, len(pending)))
+    threads = max(1, torch.get_num_threads() // jobs)
+    work = Step(task, plan.matching.tensors, dict(zip(pending, pending[jobs:], strict=False)))
+    results = pool.run(work, pending, jobs, threads)
+    with tqdm(total=total, initial=total - len(pending), unit="tensor", disable=not progress) as bar:
+        for at, record in results:
+            yield at, record
             bar.update()
+
+
+@dataclass(frozen=True)
+class Step:
+    """The work on one tensor, told by its position. following: the tensor that is probably asked for after it."""
+
+    task: Task
+    tensors: tuple[Match, ...]
+    following: dict[int, int]
+
+    def __call__(self, at: int) -> dict[str, Any]:
+        """Settle it while the operating system fetches the next; the record has a checksum of what was written."""
+        if at in self.following:
+            self.task.sources(self.tensors[self.following[at]]).expect()
+        record = settle(self.task, self.tensors[at])
+        slot = self.task.slots.get(self.tensors[at].label)
+        return record if slot is None else {**record, "checksum": slot.checksum()}
 
 
 def _public(record: dict[str, Any]) -> dict[str, Any]:
@@ -315,7 +332,7 @@ def _finish(plan: Plan, workshop: Workshop, records: tuple[dict[str, Any], ...],
             if len(shards) > 1:
                 workshop.write_text(str(Path(component) / index_name(state.files[0])), index_text(shards))
         for inside in other_files(first):
-            workshop.write(str(inside), lambda path, source=first.place / inside: shutil.copyfile(source, path))
+            workshop.write(str(inside), partial(shutil.copyfile, first.place / inside))
     if request.adapters:
         labelled = {tensor.label: record for tensor, record in zip(plan.matching.tensors, records, strict=True)}
         scratch = workshop.partial / SCRATCH
@@ -330,7 +347,7 @@ def _finish(plan: Plan, workshop: Workshop, records: tuple[dict[str, Any], ...],
 
 def index_name(file: Path) -> str:
     """The name of the index that belongs to a shard of this name, with its variant where it has one."""
-    stem, _, rest = output_name(file).partition("-")
+    stem, _, _ = output_name(file).partition("-")
     stem, _, variant = stem.partition(".")
     return f"{stem}.safetensors.index{'.' + variant if variant else ''}.json"
 
@@ -352,7 +369,8 @@ def identity(plan: Plan) -> str:
         request.adapters,
         request.output is None,
     ]
-    return hashlib.sha256(json.dumps([__version__, files, settings]).encode()).hexdigest()[:16]
+    code = [code_digest(__name__), code_digest(module_of(request.method))]
+    return digest(json.dumps([__version__, code, files, settings]))
 
 
 # ---- Dry run ----------------------------------------------------------------------------------------------------

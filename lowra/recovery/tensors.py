@@ -23,7 +23,7 @@ STRIP, STRIPS = 2**12, 3
 
 @dataclass(frozen=True)
 class View:
-    """A tensor as a batch of matrices: `count` of (d, k). Convolutions (out, in, ...) are one matrix (out, in x ...)."""
+    """A tensor as a batch of matrices: `count` of (d, k); a convolution (out, in, ...) is one, (out, in x ...)."""
 
     count: int
     d: int
@@ -180,6 +180,6 @@ def check_finite(stack: Tensor, tensor: Sources, labels: Sequence[str]) -> None:
     for at, weight in enumerate(stack):
         if not math.isfinite(float(weight.sum(dtype=torch.float32))) and not bool(torch.isfinite(weight).all()):
             raise LowraError(
-                f"Tensor {tensor.names[at]!r} of {labels[tensor.models[at]]} contains NaN or infinity; leave that model "
-                "out, or fetch it again."
+                f"Tensor {tensor.names[at]!r} of {labels[tensor.models[at]]} contains NaN or infinity; leave that "
+                "model out, or fetch it again."
             )

@@ -198,7 +198,7 @@ def read_stats(recovery: Recovery, labels: Sequence[str]) -> dict[str, Any]:
     if stats.get("grid"):
         found["grid"] = str(stats["grid"])
     if stats.get("predicted_w_error") is not None:
-        found["predicted_w_error"] = round(float(stats["predicted_w_error"]), 4)
+        found["predicted_w_error"] = round(float(stats["predicted_w_error"] or 0), 4)
     return found
 
 
@@ -218,7 +218,7 @@ def predicted_exact(recovery: Recovery, answer: Tensor, found: dict[str, Any]) -
     flat = answer.reshape(-1)
     sample = flat[:: max(1, flat.numel() // _PROBE)].float()
     _, exponent = torch.frexp(sample)
-    half_step = torch.ldexp(torch.tensor(torch.finfo(dtype).eps / 4, dtype=torch.float64), exponent)
+    half_step = torch.ldexp(torch.full_like(sample, torch.finfo(dtype).eps / 4, dtype=torch.float64), exponent)
     error = math.sqrt(10 ** found["predicted_w_error"])
     return float(torch.erf(half_step / (error * math.sqrt(2))).mean())
 
@@ -274,7 +274,7 @@ def _log_mean(values: Sequence[float]) -> float:
 
 
 def copy(task: Task, match: Match, tensor: Sources, at: int, after: int = 0) -> None:
-    """One model's numbers into the slot, from entry `after` on: all of the first model's, the common ones of another's."""
+    """One model's numbers into the slot, from entry `after` on; of any but the first the common entries only."""
     slot = task.slots.get(match.label)
     if slot is None:
         return
