@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowra.checkpoints.stored import component_folder, load_state_dict, resolve, with_weights
+from lowra.checkpoints.reading import component_folder, load_state_dict, resolve, with_weights
 from lowra.errors import LowraError
 
 
