@@ -33,6 +33,7 @@ def recover(cfg: DictConfig) -> None:
             "method", cfg.method, cfg.methods, f"One of your own: methods=[{cfg.method}] method={cfg.method}."
         )
     method = as_method(instantiate(cfg.methods[cfg.method], _convert_="object"), str(cfg.method))
+    dry = _truth(cfg.dry_run, "dry_run")
     request = Request(
         models=_names(cfg.models),
         output=_folder(cfg.output, "output"),
@@ -46,7 +47,7 @@ def recover(cfg: DictConfig) -> None:
         command=shlex.join(["python", "-m", "lowra.recover", *sys.argv[1:]]),
     )
     plan = make_plan(request, say=_say)
-    if _truth(cfg.dry_run, "dry_run"):
+    if dry:
         print(foresee(plan))
         return
     report = carry_out(plan, say=_say, progress=sys.stderr.isatty())

@@ -200,8 +200,8 @@ def memory_modules(model: Checkpoint, component: str) -> dict[str, tuple[str, st
     if not (folder / "config.json").is_file():
         return plain
     try:
-        if "_class_name" in json.loads((folder / "config.json").read_text()):  # diffusers: one spelling for both
-            return plain
+        if "model_type" not in json.loads((folder / "config.json").read_text()):
+            return plain  # diffusers, whose files and modules are called alike, or a library we do not know
         from lowra.builders.lora import checkpoint_names, skeleton
 
         loaded = skeleton(folder)

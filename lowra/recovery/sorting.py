@@ -13,7 +13,7 @@ from lowra.checkpoints.matching import EMBEDDING, Match
 from lowra.checkpoints.reading import Checkpoint
 from lowra.methods.subspace_intersection.noise import joined, rounding_noise, stored_as
 from lowra.methods.subspace_intersection.ranges import OVERSAMPLING, Difference, row_space
-from lowra.recovery.tensors import Sources, sources, strips_agree, view_of
+from lowra.recovery.tensors import Sources, check_finite, sources, strips_agree, view_of
 
 # Tensors by which two models are compared, and the side of the block of each that is looked at.
 SAMPLE = 6
@@ -81,6 +81,7 @@ def kinship(
     for match in sample:
         tensor = sources(match, models, [i, j])
         first, second = block(tensor, match, 0), block(tensor, match, 1)
+        check_finite(torch.stack([first, second]), tensor, [model.label for model in models])
         low += not full_rank(first, second, tensor.storage())
         sizes.append(math.sqrt(float((first - second).square().mean()) / max(float(first.square().mean()), 1e-45)))
     share = (alike + len(apart) * low / len(sample)) / (alike + len(apart))

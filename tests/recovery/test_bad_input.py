@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from planted_models import base_state, save, three, tuned
 from safetensors.torch import load_file, save_file
 
 from lowra import recover_checkpoints
 from lowra.errors import LowraError
 from lowra.methods.mean_lora import MeanLora
 from lowra.recover import recover
-from tests.recovery.models import base_state, save, three, tuned
 
 
 def test_too_few_models(tmp_path: Path) -> None:
@@ -37,7 +37,8 @@ def test_another_architecture_names_the_first_tensor_that_differs(tmp_path: Path
     other = {name: tensor[..., :40].contiguous() for name, tensor in base_state(9).items()}
     save(tmp_path / "other", other)
     with pytest.raises(
-        LowraError, match=r"other is of another architecture.*'model\.embed_tokens\.weight' of shape \(60"
+        LowraError,
+        match=r"other is of another architecture.*'lm_head\.weight' of shape \(60, 48\), has shape \(60, 40\)",
     ):
         recover_checkpoints([*models, tmp_path / "other"], tmp_path / "out")
     save(tmp_path / "foreign", {f"block.{i}.w": torch.randn(5, 5) for i in range(9)})
@@ -71,7 +72,7 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     def told(changed: dict[str, str]) -> None:
         index.write_text(json.dumps({"weight_map": changed}))
 
-    told({name: "model-00001-of-00002.safetensors" for name in places})
+    told(dict.fromkeys(places, "model-00001-of-00002.safetensors"))
     with pytest.raises(LowraError, match=r"does not list the shard model-00002-of-00002\.safetensors"):
         recover_checkpoints(models, tmp_path / "out")
     told({**places, "model.more.weight": "model-00001-of-00002.safetensors"})
@@ -141,7 +142,7 @@ def test_places_without_weights(tmp_path: Path) -> None:
     save_file({"x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "nothing" / "adapter_model.safetensors")
     with pytest.raises(LowraError, match="it is a PEFT adapter: merge it"):
         recover_checkpoints([*models, tmp_path / "nothing"], tmp_path / "out")
-    with pytest.raises(LowraError, match="There is no model at ./not/there"):
+    with pytest.raises(LowraError, match=r"There is no model at \./not/there"):
         recover_checkpoints([*models, "./not/there"], tmp_path / "out")
     with pytest.raises(
         LowraError, match="'nobody/nothing' is no local folder or file, and as a Hub id it cannot be had"
@@ -152,7 +153,7 @@ def test_places_without_weights(tmp_path: Path) -> None:
 def test_components_must_not_leave_the_folder(tmp_path: Path) -> None:
     models = three(tmp_path)
     (models[0] / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "../m1"}]))
-    with pytest.raises(LowraError, match=r"names the component '\.\./m1', which lies outside it"):
+    with pytest.raises(LowraError, match=r"names the component '\.\./m1', which lies outside"):
         recover_checkpoints(models, tmp_path / "out")
 
 

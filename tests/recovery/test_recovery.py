@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from planted_models import LAYERS, base_state, renamed, save, three, tuned
 from safetensors.torch import load_file, save_file
 
 from lowra import recover_checkpoints, recover_stack
 from lowra.checkpoints.reading import StoredState
 from lowra.errors import LowraError
 from lowra.methods.mean_lora import MeanLora
-from lowra.recovery.session import Request, foresee, make_plan
 from lowra.methods.subspace_intersection import SubspaceIntersection
-from tests.recovery.models import LAYERS, base_state, renamed, save, three, tuned
+from lowra.recovery.session import Request, foresee, make_plan
 
 TUNED = [f"model.layers.{i}.self_attn.{part}.weight" for i in range(LAYERS) for part in ("q_proj", "v_proj")]
 
@@ -176,7 +176,7 @@ def test_changes_of_full_rank_are_named_for_what_they_look_like(tmp_path: Path) 
     base = base_state()
     names = {"full": TUNED[0], "ia3": TUNED[1], "dora": TUNED[2], "oft": TUNED[3]}
     big = {name: torch.randn(96, 96, generator=generator) * 0.05 for name in names.values()}
-    base |= big
+    base |= big | {f"untouched.{i}.weight": torch.randn(8, 8, generator=generator) for i in range(8)}
     models = []
     for i in range(3):
         state = tuned(base, i, parts=("k_proj", "o_proj"))
