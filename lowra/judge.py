@@ -167,7 +167,8 @@ def _state(merged: Tensor) -> tuple[int, int]:
     Writes through numpy or `.data` are not counted, but change the sum.
     """
     version = 0 if merged.is_inference() else merged._version
-    return version, int(merged.view(torch.int32).sum(dtype=torch.int64))
+    bits = torch.int64 if merged.element_size() * merged.shape[-1] % 8 == 0 else torch.int32  # fewer, wider numbers
+    return version, int(merged.view(bits).sum(dtype=torch.int64))
 
 
 def weight_digest(weight: Tensor) -> str:
@@ -218,22 +219,26 @@ class ModelJudge:
         if not self.plan.cfg.keep_outputs:
             return []
         draw = max(self.plan.draws, key=lambda d: (d.n_loras, -d.trial))
-        headings: dict[str, str] = {"reference": "Pre-FT (truth)"}
-        for variant in reversed(self.plan.variants.values()):
-            records = self._records(draw, variant)
-            name = model_digest(records, 0) if records else None
-            if name is not None:  # equal models are one column
-                headings[name] = f"{headings[name]}, {variant.label}" if name in headings else variant.label
         title = f"{self.plan.cfg.subset.title}, source={self.plan.source.name}, {draw}"
         if self.plan.cfg.merge.dtype != "float32":
             title += f", merges in {self.plan.cfg.merge.dtype}"
         made = []
         for name, metric in self.plan.metrics.items():
             try:
-                made += metric.gallery(self._artifacts(name), headings, self.plan.folder, title)
+                made += metric.gallery(self._artifacts(name), self._headings(draw, name), self.plan.folder, title)
             except LowraError as error:  # records of an earlier run may have kept no outputs; the tables are there
                 self.problems.append(f"No outputs side by side: {error}")
         return made
+
+    def _headings(self, draw: Any, metric: str) -> dict[str, str]:
+        """Of the base and of each model that was scored: the label of its outputs to its heading, in order."""
+        headings = {"reference": "Pre-FT (truth)"}
+        for variant in reversed(self.plan.variants.values()):
+            records = self._records(draw, variant)
+            name = model_digest(records, 0) if records else None
+            if name is not None and self.store.done(SCORE, self._key(metric, name)):  # equal models are one column
+                headings[name] = f"{headings[name]}, {variant.label}" if name in headings else variant.label
+        return headings
 
     def close(self) -> None:
         """Delete outputs of models that are not shown."""

@@ -9,19 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from lowra import plan as planning
 from lowra import pool, reporting
 from lowra.bench.draws import Draw
-from lowra.errors import LowraError
 from lowra.judge import LayerJudge, ModelJudge
 from lowra.plan import Plan, Task, in_shard, shard_of
-from lowra.records import LAYER, Store, read
+from lowra.records import LAYER, SCORE, Store, tables
 
 REFRESH_SECONDS = 2.0  # between looks at what other processes have finished
-TABLES_SECONDS = 2.0  # at least so long between two writings of the tables while a run is under way
+TABLES_SECONDS = 2.0  # at least so long between two writings of the tables while a run is under way, ...
+TABLES_SHARE = 20  # ... and so many times as long as writing them takes
 
 
 @dataclass
@@ -84,7 +85,7 @@ def workers(plan: Plan, records: int) -> tuple[int, int]:
         tasks = records // len(plan.variants)
         # The stack, float64 copies of a layer in the judge, and the workspaces of a method: measured at 8 layers.
         jobs = pool.choose_jobs(tasks, cores, 4 * largest * (2 * models + 8), plan.device.type)
-    return jobs, max(1, cores // jobs)
+    return jobs, max(1, min(torch.get_num_threads(), cores // jobs))  # OMP_NUM_THREADS is heeded
 
 
 def recover(
@@ -99,7 +100,7 @@ def recover(
         tasks = [task for task in plan.tasks(store, draw, active) if mine is None or (draw, task.index) in mine]
         remaining[draw] = len(tasks)
         todo += tasks
-    written = time.monotonic() - TABLES_SECONDS + 0.5
+    due = time.monotonic()
     interval = 0.1 if sys.stderr.isatty() else 30  # a log file wants a line now and then, not ten a second
     total = sum(len(task.variants) for task in todo)
     finished = [draw for draw in plan.draws if not remaining[draw]]
@@ -117,9 +118,10 @@ def recover(
             if not remaining[task.draw]:
                 drop_hopeless(plan, store, task.draw, active)
                 score(plan, models, task.draw, mine is not None)
-                if mine is None and time.monotonic() - written > TABLES_SECONDS:
+                if mine is None and time.monotonic() > due:
+                    started = time.monotonic()
                     report(plan, store, figures=False)
-                    written = time.monotonic()
+                    due = time.monotonic() + max(TABLES_SECONDS, TABLES_SHARE * (time.monotonic() - started))
     store.refresh()
     for draw in plan.draws:  # what other processes finished of draws that were not ours to score
         if mine is None:
@@ -176,8 +178,10 @@ def drop_hopeless(plan: Plan, store: Store, draw: Draw, active: list[str]) -> No
 
 def report(plan: Plan, store: Store, *, figures: bool) -> str:
     """Write the tables (and figures) of the run's folder; returns the text for the terminal."""
-    try:
-        records = read([plan.folder], set(plan.keys()))
-    except LowraError:
+    wanted = set(plan.keys())
+    rows = [record | {"folder": str(plan.folder)} for record in store.all(LAYER) if record["key"] in wanted]
+    if not rows:
         return ""
+    notes = [f"{len(store.damaged)} damaged records or files were left out."] if store.damaged else []
+    records = tables(rows, store.all(SCORE), store.contexts, wanted, notes)
     return reporting.write(records, plan.folder, methods_order=list(plan.variants), figures=figures)

@@ -368,8 +368,9 @@ def _like(cfg: DictConfig, name: str, node: DictConfig) -> DictConfig:
     """A method's config, what it inherits from the one it is `like` filled in."""
     if "like" not in node:
         return node
-    base = cfg.methods.get(node.like) or _shipped_node(cfg, str(node.like))
-    if base is None or node.like == name:
+    base = None if node.like == name else cfg.methods.get(node.like)
+    base = base or _shipped_node(cfg, str(node.like))
+    if base is None:
         raise unknown("method", node.like, [p.stem for p in (conf_dir() / "methods").glob("*.yaml")])
     base = _like(cfg, str(node.like), base)
     own, inherited = _plain(node), _plain(base)
@@ -410,7 +411,7 @@ def _shipped(cfg: DictConfig, target: str) -> dict[str, Any] | None:
 
 def _labelled(pretty: str, options: Mapping[str, Any]) -> str:
     text = ", ".join(
-        f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in sorted(options.items())
     )
     return f"{pretty} ({text})" if text else pretty
 
@@ -486,8 +487,8 @@ def prepare(cfg: DictConfig) -> Plan:
     source.check()
     for metric in metrics.values():
         metric.ready()
-        if not source.miniature:  # a miniature makes its base and evaluation inputs itself
-            metric.check(str((cfg.get("builder") or {}).get("base") or cfg.subset.base), None, device)
+        if source.base is not None:  # a miniature makes its base and evaluation inputs itself
+            metric.check(source.base, None, device)
     data = source.open()
     table = data.table
     chosen = [

@@ -61,10 +61,10 @@ def test_one_configuration_of_a_copy_of_the_published_data(tmp_path: Path, confi
     [
         (("subset=custom",), "subset=custom is read from disk and cannot come from source=mini: give source=published"),
         (("subset=custom", "source=published"), "is not in the published data set; give source.path=FOLDER"),
-        (("source=published", "source.path=5"), "source.path is 5; expected a text or null"),
+        (("source=published", "source.path=5"), "source.path is 5; expected text or null"),
         (("source=published", "source.path=/nowhere/at/all"), "/nowhere/at/all does not exist"),
         (("source=published", "+source.pat=x"), "Unknown setting 'source.pat'; known: source.name, source.path"),
-        (("cache_dir=null",), "source.cache_dir is null; expected a text"),
+        (("cache_dir=null",), "source.cache_dir is null; expected text"),
         (("source=synthetic", "+source.table.sharedA=true"), "Unknown setting 'source.table.sharedA'; known: "),
         (("source=synthetic", "source.table.n_models=two"), "source.table.n_models is 'two'; expected a whole number"),
         (("source=synthetic", "subset.synthetic.rank=0"), "subset.synthetic.rank is 0; expected a whole number, at"),

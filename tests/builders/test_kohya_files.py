@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lowra.bench.updates import Update
-from lowra.builders.kohya import LoraFile, expected_modules, modules_of, write_kohya
+from lowra.builders.kohya_files import LoraFile, expected_modules, modules_of, write_kohya
 from lowra.builders.stable_diffusion_mini import make_tokenizer
 from lowra.errors import LowraError
 
