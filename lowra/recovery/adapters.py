@@ -202,7 +202,7 @@ def memory_modules(model: Checkpoint, component: str) -> dict[str, tuple[str, st
     try:
         if "model_type" not in json.loads((folder / "config.json").read_text()):
             return plain  # diffusers, whose files and modules are called alike, or a library we do not know
-        from lowra.builders.lora import checkpoint_names, skeleton
+        from lowra.builders.peft_adapters import checkpoint_names, skeleton
 
         loaded = skeleton(folder)
         traced = checkpoint_names(loaded)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted_models import base_state, save, three, tuned
+from planted_checkpoints import base_state, save, three, tuned
 from safetensors.torch import load_file, save_file
 
 from lowra import recover_checkpoints

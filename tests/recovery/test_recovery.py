@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted_models import LAYERS, base_state, renamed, save, three, tuned
+from planted_checkpoints import LAYERS, base_state, renamed, save, three, tuned
 from safetensors.torch import load_file, save_file
 
 from lowra import recover_checkpoints, recover_stack

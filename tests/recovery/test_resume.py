@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted_models import base_state, save, three, tuned
+from planted_checkpoints import base_state, save, three, tuned
 
 from lowra import recover_checkpoints
 from lowra.checkpoints.writing import Slot, Workshop, check_space
