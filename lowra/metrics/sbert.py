@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowra.checkpoints.stored import StoredState, component_folder, with_weights
+from lowra.checkpoints.reading import StoredState, component_folder, with_weights
 from lowra.checks import Count, Name, OneOf, Positive, Range, Seed, check_fields
 from lowra.digests import file_digest
 from lowra.errors import LowraError
