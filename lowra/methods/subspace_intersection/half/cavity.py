@@ -25,10 +25,10 @@ CHANCE = 1.1
 ROUGH = 1.6
 
 # W counts as known for the updates' sites where its variance is below this share of a cell's square width.
-KNOWN = 1e-3
+KNOWN = 0.03
 
 # The updates' deviation is taken to be at least this share of a cell.
-SHARPEST = 0.03
+SHARPEST = 0.01
 
 # Least precision of a site, over that of its cell as a normal error.
 FAINTEST = 0.02

@@ -34,6 +34,7 @@ STILL = 1e-3
 
 # Rounds at most.
 MOST = 20
+PRUNE_FROM = 0.0
 
 
 @dataclass
@@ -78,7 +79,7 @@ def converge(
         change = Quadratic(cells, sites, factors).step(down, variances, ITERATIONS, tolerance)
         factors, misfit = searched(cells, sites, factors, change, limit if good else math.inf)
         factors = factors.balanced()
-        if t >= 1:
+        if t >= 1 and limit >= PRUNE_FROM * limits[-1]:
             before = factors.ranks
             factors = pruned(factors, variances)
             ratio = variances.by_row.new_tensor([now / then for now, then in zip(factors.ranks, before, strict=True)])
