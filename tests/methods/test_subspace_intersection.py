@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowra.errors import LowraError
 from lowra.methods.base import Observation, Recovery
-from lowra.methods.subspace_intersection import SubspaceIntersection, grid, method, ranges
+from lowra.methods.subspace_intersection import SubspaceIntersection, closed_form, grid, problem, ranges
 from lowra.methods.subspace_intersection.intersection import rank_at_gap
 from lowra.methods.subspace_intersection.noise import rounding_noise, stored_as, ulp
 from lowra.methods.subspace_intersection.ranges import Difference, row_space, thin_svd, triplets
@@ -258,7 +258,7 @@ def test_a_large_layer_nearly_filled_by_its_updates(monkeypatch: pytest.MonkeyPa
 def test_three_models_first_then_all(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer((128, 128), [8] * 8)
     flat = recover(layer, snap="none", refine="none")
-    monkeypatch.setattr(method, "WIDE", 16)
+    monkeypatch.setattr(closed_form, "WIDE", 16)
     staged = recover(layer, snap="none", refine="none")
     assert "three models" in staged.status
     assert staged.stats["ranks"] == flat.stats["ranks"]
@@ -274,19 +274,19 @@ def test_another_three_where_the_first_nearly_share(monkeypatch: pytest.MonkeyPa
     own, _, right = torch.linalg.svd(layer.updates[1])
     layer.updates[1] = (left[:, :8] + 0.01 * own[:, :8]) * values[:8] @ right[:8]
     layer.merged = (layer.base + layer.updates).float()
-    monkeypatch.setattr(method, "WIDE", 16)
+    monkeypatch.setattr(closed_form, "WIDE", 16)
     recovery = recover(layer, snap="none", refine="none")
     assert recovery.status.startswith("Certified on three models, then averaged over 8")
-    assert recovery.stats["lambda_min"] > method.LEAD_CONDITION
+    assert recovery.stats["lambda_min"] > closed_form.LEAD_CONDITION
     assert layer.error(recovery) < layer.floor() + 0.15
-    monkeypatch.setattr(method, "LEADS", 1)
+    monkeypatch.setattr(closed_form, "LEADS", 1)
     assert recover(layer, snap="none", refine="none").status.startswith("Certified: ")  # all at once
 
 
 def test_three_models_first_names_a_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer((128, 128), [8] * 8)
     layer.merged[6] = Layer((128, 128), [8], seed=1).merged[0]
-    monkeypatch.setattr(method, "WIDE", 16)
+    monkeypatch.setattr(closed_form, "WIDE", 16)
     recovery = recover(layer)
     assert recovery.stats["outlier"] == "6"
     assert layer.error(recovery) < layer.floor() + 0.15
@@ -294,7 +294,7 @@ def test_three_models_first_names_a_stranger(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_float32_passes_are_enough_for_small_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer((128, 128), [8] * 4, rms=BASE_STD / 200)
-    monkeypatch.setattr(method, "LARGE", 0)
+    monkeypatch.setattr(problem, "LARGE", 0)
     recovery = recover(layer, snap="none", refine="none")
     assert layer.error(recovery) == pytest.approx(recovery.stats["predicted_w_error"], abs=0.05)
 

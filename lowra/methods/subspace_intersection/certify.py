@@ -25,7 +25,7 @@ BLOCK, STEPS, PROBES = 2, 3, 2
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Evidence:
     """What the data say about the estimate.
 
     lambda_min: smallest eigenvalue of the identifiability operator, 0 to n.
@@ -50,7 +50,7 @@ class Certificate:
     ambiguous: bool
 
 
-def certify(core: Core, solution: Solution) -> Certificate:
+def certify(core: Core, solution: Solution) -> Evidence:
     """Predict the error of W (first-order propagation of the rounding noise through the least squares).
 
     The estimate is linear in the noise to first order, W_hat - W = A^-1 sum_i w_i P_Ui E_i P_Vi, with covariance
@@ -78,7 +78,7 @@ def certify(core: Core, solution: Solution) -> Certificate:
     updates = core.matrices - core.matrices.mean(0)
     mean_error = float(updates.square().sum()) / (n * (n - 1) * d * k) + variance / n
     expected = core.matrices.new_tensor([noise.norm(a, b) for noise in core.noise])
-    return Certificate(
+    return Evidence(
         lambda_min,
         float((solution.tails / expected).max()),
         predicted,

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from lowra.methods.subspace_intersection.noise import ulp
+from lowra.methods.subspace_intersection.answer import Estimate
+from lowra.methods.subspace_intersection.noise import sampled_rows, ulp
+from lowra.methods.subspace_intersection.problem import Problem
 
 GRIDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -43,3 +45,10 @@ def detect(estimate: Tensor, mean: Tensor) -> str:
         if aligned > NEARLY_ALL or (aligned > ALIGNED and gained):
             return name
     return "fp32"
+
+
+def detected(estimate: Estimate, problem: Problem) -> str:
+    """The grid of the base weights, told from some rows of the estimate."""
+    _, d, k = problem.merged.shape
+    rows = sampled_rows(d, k, problem.merged.device)
+    return detect(estimate.rows(rows), problem.mean().rows(rows))

@@ -1,0 +1,195 @@
+"""From a problem to an answer: the steps in their order, for three models and more, for two, and among strangers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from lowra.methods.subspace_intersection import grid as grids
+from lowra.methods.subspace_intersection.answer import Answer
+from lowra.methods.subspace_intersection.certificates import Certificate, verdict
+from lowra.methods.subspace_intersection.certify import WELL_CONDITIONED, Evidence, certify
+from lowra.methods.subspace_intersection.low_signal import spectral
+from lowra.methods.subspace_intersection.noise import joined
+from lowra.methods.subspace_intersection.problem import Problem, first_parts, with_excess_noise
+from lowra.methods.subspace_intersection.ranges import (
+    MARGINS,
+    OVERSAMPLING,
+    Core,
+    Difference,
+    RowSpace,
+    joint_core,
+    outside_columns,
+    row_space,
+    triplets,
+)
+from lowra.methods.subspace_intersection.screen import same_base
+from lowra.methods.subspace_intersection.solve import (
+    Solution,
+    columns_matter,
+    lift,
+    polish,
+    solve,
+    two_models,
+    without_shared,
+)
+
+# A core wider than this is not solved whole: three models first, then one step over all (see `all_models`).
+WIDE = 256
+
+# Three models are solved first only if that is this well conditioned. So many threes are tried; then all at once.
+LEAD_CONDITION = 0.05
+LEADS = 3
+
+
+def closed_form(problem: Problem) -> Answer:
+    """Recover from all models that share a base, naming those that do not."""
+    n = len(problem.labels)
+    parts = first_parts(problem, min(n, 3) - 1)
+    if not any(part.full for part in parts) and n > 4 and n * max(part.rank for part in parts) > 2 * WIDE:
+        # Wide cores: each difference holds two updates.
+        answer = well_conditioned_three(problem, parts)
+        if answer is not None:
+            return all_models(problem, answer)
+    if not any(part.full for part in parts):
+        parts = first_parts(problem, n - 1, parts)
+    if any(part.full for part in parts):
+        return without_outliers(problem)
+    if n == 2:
+        return from_two(problem, parts[0])
+    return from_three(problem, parts)
+
+
+def without_outliers(problem: Problem) -> Answer:
+    """Sort the models by base and recover from the largest group."""
+    groups = same_base(problem.merged, problem.noise, problem.guess, problem.dtype, problem.generator)
+    if len(groups[0]) == 1 or len(groups) == 1:
+        certificate = Certificate.NOT_IDENTIFIABLE
+        reason = (
+            "every two models differ by a matrix of full rank; the updates are not of low rank in a layer of this "
+            "size, or no two models share a base"
+        )
+        return Answer(problem.mean(), certificate, certificate.sentence(reason=reason, returned="the mean is returned"))
+    outliers = tuple(sorted(problem.labels[i] for group in groups[1:] for i in group))
+    answer = closed_form(problem.subset(groups[0]))
+    named = ", ".join(map(str, outliers))
+    note = f"Of another base, differing from the others by a full rank, and left out (models from 0): {named}."
+    found = tuple(sorted(outliers + answer.outliers))
+    answer = replace(answer, status=f"{answer.status} {note}", outliers=found)
+    if len(groups[1]) == len(groups[0]):
+        certificate = Certificate.INCONSISTENT
+        contradiction = "two bases with as many models each; one is as likely meant as the other"
+        status = certificate.sentence(contradiction=contradiction, otherwise=answer.status)
+        return replace(answer, certificate=certificate, status=status)
+    return answer
+
+
+def from_two(problem: Problem, part: RowSpace) -> Answer:
+    """The best guess two models allow."""
+    mean = problem.mean()
+    left, values, right = triplets(Difference(problem.merged[1], problem.merged[0], problem.dtype), part.right)
+    block = two_models(problem.merged[0], problem.merged[1], left, values, right)
+    estimate = replace(mean, left=(left @ block).to(problem.dtype), right=right.to(problem.dtype))
+    certificate = Certificate.TOO_FEW_MODELS
+    return Answer(estimate, certificate, certificate.sentence(rank=part.rank))
+
+
+def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
+    """The closed form on three or more models, with its certificate."""
+    problem, parts = with_excess_noise(problem, parts)
+    differences = [Difference(model, problem.merged[0], problem.dtype) for model in problem.merged[1:]]
+    core, solution, evidence = solved(problem, differences, parts)
+    if evidence.predicted is not None and evidence.predicted > evidence.mean_error:
+        return spectral(problem, max(solution.tangents.ranks))
+    determined = evidence.predicted is not None
+    ranks, joint_rows = solution.tangents.ranks, core.right
+    if evidence.shared_columns or evidence.shared_rows:
+        # The hint is a rank of updates that hold what they share; it blurs which directions those are.
+        unhinted = solution if problem.hint is None else polish(core, solve(core, None))
+        core = without_shared(core, unhinted.tangents)
+        if core.matrices.numel():
+            solution = polish(core, solve(core, None))
+            rest = certify(core, solution)
+            determined = rest.lambda_min > WELL_CONDITIONED and not rest.ambiguous
+    estimate = problem.mean()
+    if determined:
+        matter = columns_matter(core, solution.tangents)
+        left, right = lift(core, solution, outside_columns(differences, core.left, joint_rows) if matter else None)
+        estimate = replace(estimate, left=left, right=right)
+    certificate, sentence = verdict(evidence, problem.hint, max(ranks), rest=determined)
+    return Answer(
+        estimate,
+        certificate,
+        sentence,
+        ranks,
+        evidence.predicted,
+        evidence.lambda_min,
+        evidence.discrepancy,
+        evidence.edge,
+    )
+
+
+def solved(problem: Problem, differences: list[Difference], parts: list[RowSpace]) -> tuple[Core, Solution, Evidence]:
+    """The core, its solution and the evidence, with the smallest margin that identifies W, else the first."""
+    attempts = []
+    for margin in MARGINS:
+        core = joint_core(differences, parts, problem.noise, margin)
+        solution = polish(core, solve(core, problem.hint))
+        attempts.append((core, solution, certify(core, solution)))
+        if attempts[-1][2].predicted is not None:
+            return attempts[-1]
+    return attempts[0]
+
+
+def well_conditioned_three(problem: Problem, parts: list[RowSpace]) -> Answer | None:
+    """The answer from the first three models that are well conditioned, the parts of the very first three known."""
+    for start in range(0, min(3 * LEADS, len(problem.labels) - 2), 3):
+        three = problem.subset([start, start + 1, start + 2])
+        own = parts if start == 0 else first_parts(three, 2)
+        if not any(part.full for part in own):
+            answer = from_three(three, own)
+            if answer.certificate is Certificate.CERTIFIED and (answer.lambda_min or 0) > LEAD_CONDITION:
+                return answer
+    return None
+
+
+def all_models(problem: Problem, lead: Answer) -> Answer:
+    """From an estimate X out of three models to one out of all n: W = mean_i (W'_i - M_i), M_i from W'_i - X.
+
+    One step of the paper's Eq. 5 and 7 from a point within rounding of the answer. With X on its grid, its error is
+    mostly gone and the step averages n independent ones. To first order the new error is (I - A / n) of X's error plus
+    sum_i P_Ui E_i P_Vi / n; the former survives in the updates' tangent spaces alone, a share t of all directions,
+    which gives the prediction ((1 - t) s^2 / n + t s_X^2), s_X^2 the error of X.
+    """
+    _, d, k = problem.merged.shape
+    start = lead.estimate.dense(grids.GRIDS[grids.detected(lead.estimate, problem)])  # (d, k)
+    guess = max(lead.ranks) + OVERSAMPLING
+    kept, ranks, lefts, rights = [], [], [], []
+    for i, (model, noise) in enumerate(zip(problem.merged, problem.noise, strict=True)):
+        update = Difference(model, start, problem.dtype)
+        part = row_space(update, joined(noise, noise), guess, problem.generator)
+        if not part.full:
+            kept.append(i)
+            ranks.append(part.rank)
+            lefts.append(update.times(part.right))  # (d, r_i)
+            rights.append(part.right.to(problem.dtype))  # (k, r_i)
+    used = problem.subset(kept)
+    mean = used.mean()
+    left = torch.cat([-weight * part for weight, part in zip(mean.weights, lefts, strict=True)], 1)  # (d, sum of ranks)
+    share = sum(1 - (1 - r / d) * (1 - r / k) for r in ranks) / len(ranks)
+    variance = 1 / sum(noise.std**-2 for noise in used.noise)
+    assert lead.predicted is not None
+    predicted = math.log10((1 - share) * variance + share * 10**lead.predicted)
+    outliers = tuple(label for i, label in enumerate(problem.labels) if i not in kept)
+    named = f" Models of another base, left out (counted from 0): {', '.join(map(str, outliers))}." if outliers else ""
+    basis = f" on three models, then averaged over {len(ranks)}"
+    return replace(
+        lead,
+        estimate=replace(mean, left=left, right=torch.cat(rights, 1)),
+        status=lead.certificate.sentence(basis=basis, predicted=predicted) + named,
+        ranks=tuple(ranks),
+        predicted=predicted,
+        outliers=outliers,
+    )
