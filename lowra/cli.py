@@ -1,60 +1,119 @@
-"""What the command lines have in common: configs, quiet libraries, and mistakes told in one sentence."""
+"""What the command lines have in common: configs, quiet libraries, signals, and mistakes told in one sentence.
+
+Nothing heavy is imported here: `--help` answers at once, and an interrupt is understood from the first moment.
+"""
 
 from __future__ import annotations
 
+import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import hydra
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, Any
 
 from lowra.errors import LowraError, unknown
-from lowra.paths import conf_dir, register_resolvers
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-def command(work: Callable[[DictConfig], Any]) -> None:
+class Stopped(KeyboardInterrupt):
+    """A signal that asks to stop: finished work is kept, as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def command(work: Callable[[DictConfig], Any], config: str = "config") -> None:
     """Compose the configuration from the command line and do the work.
 
-    A user's mistake is one sentence and exit status 2, an interrupt says how to go on (130); other exceptions are bugs
-    of ours and keep their traceback.
+    A user's mistake is one sentence and exit status 2, a signal says how to go on (128 + its number); what ran but
+    failed in part (a result with `failures`) is status 1. Other exceptions are bugs of ours and keep their traceback.
     """
-    register_resolvers()
-    quiet_libraries()
+    stop_on_signals()
+    failed: list[Any] = []
 
-    @hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
-    def main(cfg: DictConfig) -> None:
-        # Inside of Hydra, which would print a traceback of its own.
-        tell_mistakes(lambda: work(cfg))
+    def whole() -> None:
+        import hydra
 
-    tell_mistakes(lambda: check_choices(sys.argv[1:]))
-    main()
+        from lowra.paths import conf_dir, register_resolvers
+
+        register_resolvers()
+        quiet_libraries()
+        check_choices(sys.argv[1:], config)
+
+        @hydra.main(config_path=str(conf_dir()), config_name=config, version_base="1.3")
+        def main(cfg: DictConfig) -> None:
+            # Inside of Hydra, which would print a traceback of its own.
+            result = _in_job(lambda: work(cfg))
+            failed.extend(getattr(result, "failures", ()))
+
+        main()
+
+    tell_mistakes(whole)
+    if failed:
+        raise SystemExit(1)
 
 
-def tell_mistakes(work: Callable[[], Any]) -> None:
+def _in_job(work: Callable[[], Any]) -> Any:
+    """Do the work of one job; of several (`-m`), one that fails must not take the others down."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return tell_mistakes(work)
+    try:
+        result = tell_mistakes(work)
+    except SystemExit as error:
+        raise RuntimeError(f"this job ended with exit status {error.code}") from None
+    if getattr(result, "failures", ()):
+        raise RuntimeError("this job ended with exit status 1")
+    return result
+
+
+def stop_on_signals() -> None:
+    """Make the signals by which systems and clusters end a job stop it like Ctrl-C: cleanly, with a sentence."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
+            signal.signal(getattr(signal, name), stop)
+
+
+def tell_mistakes(work: Callable[[], Any]) -> Any:
     """Turn a LowraError or an interrupt into a line on stderr and an exit status."""
     try:
-        work()
+        return work()
     except LowraError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues where this one stopped.", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        by = f" by {error}" if str(error) else ""
+        print(f"\nstopped{by}; the same command continues where this one stopped.", file=sys.stderr)
+        raise SystemExit(128 + number) from None
 
 
-def check_choices(arguments: Sequence[str]) -> None:
-    """Raise LowraError for a subset, source, method or metric that no config file is named after, listing the known.
+def check_choices(arguments: Sequence[str], config: str = "config") -> None:
+    """Raise LowraError for a config file or a setting that does not exist, naming those that do.
 
-    Hydra's own message for an element of a list names none. Command lines with flags (`--help`) are left to Hydra.
+    Hydra's own messages name none of the elements of a list, or advise to add what was misspelled. Command lines with
+    flags (`--help`) are left to Hydra.
     """
+    import hydra
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+
+    from lowra.paths import conf_dir
+
     if any(argument.startswith("-") for argument in arguments):
         return
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            hydra.compose("config", overrides=list(arguments))
+            cfg = hydra.compose(config, overrides=list(arguments))
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         kind = {"methods": "method", "metrics": "metric"}.get(group, group)
@@ -62,8 +121,39 @@ def check_choices(arguments: Sequence[str]) -> None:
         if not group or not known:
             return
         raise unknown(kind, name, known, "One of your own needs its config found: see the README.") from None
+    except ConfigCompositionException as error:
+        raise _misspelt(error, config) from None
     except HydraException:
         return  # Hydra reports it, with the place
+    for argument in arguments:  # the builder's group is optional, so that a wrong name would pass without a word
+        group, equals, name = argument.partition("=")
+        if group == "builder" and equals and name not in ("", "null") and cfg.get("builder") is None:
+            raise unknown("builder", name, [path.stem for path in (conf_dir() / "builder").glob("*.yaml")])
+
+
+def _misspelt(error: Exception, config: str) -> LowraError:
+    """Hydra's message about an override that does not fit, as a sentence with the nearest settings."""
+    import hydra
+    from omegaconf import DictConfig
+
+    text = " ".join(str(error).split())
+    cause = " ".join(str(error.__cause__ or "").split())
+    key = cause.split("'")[1] if cause.startswith("Key '") else ""
+    if not key:
+        return LowraError(f"{text.rstrip('.')}. {cause}".strip())
+    from lowra.paths import conf_dir
+
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        whole = hydra.compose(config)
+    place = next(
+        (line.split(":", 1)[1].strip() for line in str(error.__cause__).splitlines() if "full_key:" in line), key
+    )
+    node: Any = whole
+    for part in place.split(".")[:-1]:
+        node = node.get(part) if isinstance(node, DictConfig) else None
+    known = sorted(map(str, node)) if isinstance(node, DictConfig) else sorted(map(str, whole))
+    near = difflib.get_close_matches(key, known, 1)
+    return unknown("setting", place, known, f"Did you mean {near[0]}?" if near else "")
 
 
 def quiet_libraries() -> None:

@@ -1,196 +1,587 @@
-"""Records: one JSON file per finished cell (draw x method), and the two tidy tables made from them.
+"""Records: what was measured, one whole record per (draw, layer, method variant) and per scored model.
 
-A cell is named by a digest of everything that decides its numbers, so a changed configuration is never mistaken for
-the same cell. While a cell is under way its layers are journalled one line each; a killed run continues there.
+A folder holds `records/`, and the union of the files in it is the truth. A process at work appends to a journal of its
+own, a line a record with its checksum, and turns it into one parquet file when it ends; nobody writes to or deletes
+another's file, so any number of processes can share a folder, and a kill loses what was under way and no more. Records
+are named by a key, the digest of all that decides their numbers: what is there is never computed again, and what was
+computed twice counts once.
+
+Fig. 7's sweep (14 numbers of models x 10 draws x 264 layers x 4 methods = 147,840 records) is one file a process:
+190 MB as a journal, 25 MB as parquet (measured by `scripts/records_size.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from lowra.bench.draws import Draw
+from lowra.code import digest
 from lowra.errors import LowraError
 
-COORDINATES = ("n_loras", "trial", "method", "merge_dtype", "knows_rank")
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+FORMAT = 2  # of the files in records/
+
+LAYER = "layer"
+SCORE = "score"
+
+# Of every record, then of a layer's, then of a scored model's: name to Arrow type. `stats`, `options`, `settings`,
+# `values` and `history` are JSON, since their keys are the method's or the metric's own.
+FIELDS: dict[str, str] = {"kind": "string", "key": "string", "context": "string", "finished": "string"}
+LAYER_FIELDS: dict[str, str] = {
+    "subset": "string",
+    "source": "string",
+    "data": "string",
+    "n_loras": "int64",
+    "trial": "int64",
+    "models": "list",
+    "seed": "int64",
+    "variant": "string",
+    "method": "string",
+    "pretty": "string",
+    "label": "string",
+    "reference": "string",
+    "options": "string",
+    "merge_dtype": "string",
+    "merge_order": "string",
+    "knows_rank": "bool",
+    "device": "string",
+    "layer_model": "string",
+    "layer_name": "string",
+    "layer_type": "string",
+    "depth": "int64",
+    "d": "int64",
+    "k": "int64",
+    "rank": "int64",
+    "w_error": "double",
+    "exact_fraction": "double",
+    "exact_layer": "bool",
+    "floor_w_error": "double",
+    "candidates": "int64",
+    "seconds": "double",
+    "status": "string",
+    "failed": "bool",
+    "stats": "string",
+    "weights": "list_string",
+    "history": "string",
+}
+SCORE_FIELDS: dict[str, str] = {
+    "metric": "string",
+    "heading": "string",
+    "settings": "string",
+    "column": "string",
+    "values": "string",
+    "weights": "list_string",
+    "base": "string",
+    "inputs": "string",
+}
+COORDINATES = ("subset", "source", "data", "n_loras", "trial", "models", "seed", "variant", "method", "label")
+SETTING = ("subset", "source", "data", "merge_dtype", "merge_order", "knows_rank", "seed")
+LAYER_NAME = ("layer_model", "layer_name")
+
+
+def key_of(settings: Mapping[str, Any]) -> str:
+    """The key of a record: a digest of everything that decides its numbers, in canonical JSON."""
+    return digest(json.dumps(settings, sort_keys=True, default=str))
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
+    temporary = temporary_beside(path)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
-def _json_safe(value: Any) -> Any:
-    """JSON has no NaN or infinity; strings stand in for them, which `_json_back` undoes."""
-    if isinstance(value, dict):
-        return {k: _json_safe(v) for k, v in value.items()}
+def temporary_beside(path: Path) -> Path:
+    """A name for writing `path`, hidden and unlike any other process's or thread's."""
+    return path.with_name(f".{path.name[:80]}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+# ---- JSON with the numbers it lacks -----------------------------------------------------------------------------
+
+
+def dumps(value: Any) -> str:
+    """JSON in one line; NaN and infinities become objects that `loads` turns back."""
+    return json.dumps(_plain(value), separators=(",", ":"), ensure_ascii=False)
+
+
+def loads(text: str | bytes) -> Any:
+    """What `dumps` wrote."""
+    return json.loads(text, object_hook=_back)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_safe(v) for v in value]
+        return [_plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     return value
 
 
-def _json_back(pairs: dict[str, Any]) -> Any:
+def _back(pairs: dict[str, Any]) -> Any:
     return float(pairs["float"]) if pairs.keys() == {"float"} else pairs
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One draw recovered by one method. `settings` holds everything that decides the numbers."""
-
-    draw: Draw
-    method: str
-    settings: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        """Sixteen hex digits that name the cell."""
-        everything = {
-            "n_loras": self.draw.n_loras,
-            "trial": self.draw.trial,
-            "models": self.draw.models,
-            "method": self.method,
-            **self.settings,
-        }
-        return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:16]
+# ---- One folder -------------------------------------------------------------------------------------------------
 
 
 class Store:
-    """The records of one (subset, source) folder."""
+    """The records of one run folder, shared with every other process that works there.
+
+    folder: the run folder; records lie in `records/`, weights that wait for a metric in `weights/`.
+    damaged: files and lines that could not be read and were left out.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.place = folder / "records"
+        self.weights = KeptWeights(folder)
+        self.contexts: dict[str, dict[str, Any]] = {}
+        self.damaged: list[str] = []
+        self._records: dict[tuple[str, str], dict[str, Any]] = {}
+        self._offsets: dict[str, int] = {}
+        self._journal: Path | None = None
+        self._mine: list[dict[str, Any]] = []
+        self._context = ""
+        self._lock = threading.RLock()  # tasks are listed in one thread while results are written in another
+
+    # -- reading
+
+    def refresh(self) -> None:
+        """Take in what other processes have written since."""
+        with self._lock:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        for _ in range(3):  # a journal that vanishes while we look has become a parquet file
+            try:
+                names = sorted(os.listdir(self.place))
+            except FileNotFoundError:
+                return
+            vanished = [name for name in names if not self._read(name)]
+            if not vanished:
+                return
+
+    def _read(self, name: str) -> bool:
+        """Read what is new in one file; False if it has vanished."""
+        path = self.place / name
+        try:
+            if name.endswith(".jsonl") and not name.startswith(".") and path != self._journal:
+                self._read_journal(path)
+            elif name.endswith(".parquet") and not name.startswith(".") and name not in self._offsets:
+                self._read_parquet(path)
+                self._offsets[name] = 0
+        except FileNotFoundError:
+            return False
+        except PermissionError as error:
+            self._damage(f"{path} ({error.strerror})")
+        return True
+
+    def _read_journal(self, path: Path) -> None:
+        start = self._offsets.get(path.name, 0)
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size <= start:
+                return
+            file.seek(start)
+            data = file.read()
+        end = data.rfind(b"\n") + 1  # the rest of a line under way is read when it is whole
+        self._offsets[path.name] = start + end
+        for number, line in enumerate(data[:end].splitlines()):
+            try:
+                checksum, text = line.split(b" ", 1)
+                if int(checksum, 16) != zlib.crc32(text):
+                    raise ValueError("checksum")
+                entry = loads(text)
+                if "define" in entry:
+                    self.contexts[str(entry["define"])] = dict(entry["value"])
+                else:
+                    self._take(_whole(entry))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                self._damage(f"{path}, line {number + 1} of those from byte {start}")
+
+    def _read_parquet(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(path, partitioning=None)
+            contexts = loads((table.schema.metadata or {})[b"lowra.contexts"])
+            rows = table.to_pylist()
+            for row in rows:
+                self._take(_whole(row))
+            self.contexts.update({str(name): dict(value) for name, value in contexts.items()})
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+            self._damage(f"{path} ({type(error).__name__})")
+
+    def _damage(self, what: str) -> None:
+        self.damaged.append(what)
+        print(f"left out, damaged: {what}; the run goes on without it.", file=sys.stderr)
+
+    def _take(self, record: dict[str, Any]) -> None:
+        place = (record["kind"], record["key"])
+        known = self._records.get(place)
+        if known is None or _order(record) < _order(known):
+            self._records[place] = record
+
+    def get(self, kind: str, key: str) -> dict[str, Any] | None:
+        """The record of a key, or None. Of several, the same for every reader: not failed, then the earliest."""
+        return self._records.get((kind, key))
+
+    def done(self, kind: str, key: str) -> bool:
+        """Whether a key has a record that did not fail; what failed is tried again by the next run."""
+        record = self._records.get((kind, key))
+        return record is not None and not record.get("failed")
+
+    def all(self, kind: str) -> list[dict[str, Any]]:
+        """All records of a kind."""
+        with self._lock:
+            return [record for (of, _), record in self._records.items() if of == kind]
+
+    # -- writing
 
     def check_writable(self) -> None:
-        """Raise LowraError if nothing can be written here, before any work is done."""
-        made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
+        """Raise LowraError if nothing can be written here, before any work is done; makes and leaves nothing."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            place = next(p for p in (self.place, *self.place.parents) if p.exists())
+            with tempfile.TemporaryFile(dir=place):
+                pass
         except OSError as error:
             raise LowraError(
                 f"Cannot write results to {self.folder} ({error.strerror}); give another with results_dir=FOLDER."
             ) from None
-        for path in made:  # nothing half-written stays behind a later error
-            path.rmdir()
 
-    def _stem(self, cell: Cell) -> Path:
-        _, n_loras, trial = str(cell.draw).split("/")
-        return self.folder / "cells" / n_loras / trial / f"{cell.method}-{cell.digest}"
+    def open(self, context: Mapping[str, Any]) -> None:
+        """Say who writes from now on: what is the same for all records of this process."""
+        self._context = digest(dumps(context))
+        self.contexts[self._context] = dict(context)
 
-    def load(self, cell: Cell) -> dict[str, Any] | None:
-        """The finished record of a cell, or None. Cells with a failed layer count as unfinished."""
-        path = self._stem(cell).with_suffix(".json")
-        if not path.exists():
-            return None
-        record = json.loads(path.read_text(), object_hook=_json_back)
-        return None if record["trial"]["failed_layers"] else record
+    def append(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write one record, whole or not at all, and take it in. Raises LowraError when the disk is full."""
+        whole = _whole({**record, "context": self._context, "finished": _now()})
+        lines = []
+        if self._journal is None:
+            self.place.mkdir(parents=True, exist_ok=True)
+            host = "".join(c for c in socket.gethostname() if c.isalnum() or c == "-")[:32]
+            self._journal = self.place / f"{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+            lines.append(dumps({"define": self._context, "value": self.contexts[self._context]}))
+        lines.append(dumps({name: value for name, value in whole.items() if value is not None}))
+        data = b"".join(b"%08x %s\n" % (zlib.crc32(line.encode()), line.encode()) for line in lines)
+        try:
+            handle = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                while data:
+                    data = data[os.write(handle, data) :]
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise LowraError(
+                f"Cannot write to {self._journal} ({error.strerror}); {len(self._mine)} records of this process are "
+                "kept. Make room and start the same command again."
+            ) from None
+        with self._lock:
+            self._mine.append(whole)
+            self._take(whole)
+        return whole
 
-    def finish(self, cell: Cell, record: dict[str, Any]) -> None:
-        """Keep a cell's record and drop its journal and scratch files."""
-        stem = self._stem(cell)
-        write_text(stem.with_suffix(".json"), json.dumps(_json_safe(record), default=str) + "\n")
-        stem.with_suffix(".jsonl").unlink(missing_ok=True)
-        shutil.rmtree(self.scratch(cell), ignore_errors=True)
+    def close(self) -> None:
+        """Turn this process's journal into a parquet file: the same records, a tenth of the bytes."""
+        if self._journal is None:
+            return
+        write_records(self._mine, {self._context: self.contexts[self._context]}, self._journal.with_suffix(".parquet"))
+        self._offsets[self._journal.with_suffix(".parquet").name] = 0
+        self._journal.unlink(missing_ok=True)
+        self._journal, self._mine = None, []
 
-    def journal(self, cell: Cell) -> list[dict[str, Any]]:
-        """The layers a killed run had finished, in order; a line cut short by the kill is ignored."""
-        path = self._stem(cell).with_suffix(".jsonl")
-        rows = []
+
+@dataclass(frozen=True)
+class KeptWeights:
+    """Recovered weights that wait for a metric, in `weights/` of a run folder, named by the digest of their bytes.
+
+    Whoever finds one missing recovers its layer again: any process may delete what it has scored.
+    """
+
+    folder: Path
+
+    def _path(self, name: str) -> Path:
+        return self.folder / "weights" / f"{name}.safetensors"
+
+    def keep(self, name: str, weight: Tensor) -> None:
+        """Keep a weight (d, k) float32."""
+        from safetensors.torch import save_file
+
+        path = self._path(name)
         if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    rows.append(json.loads(line, object_hook=_json_back))
-                except json.JSONDecodeError:
-                    break
-        # The rest is appended after the whole lines only.
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(_json_safe(row), default=str) + "\n" for row in rows))
-        return rows
+        temporary = temporary_beside(path)
+        save_file({"weight": weight.contiguous()}, temporary)
+        os.replace(temporary, path)
 
-    def append(self, cell: Cell, row: dict[str, Any]) -> None:
-        """Journal one finished layer."""
-        with self._stem(cell).with_suffix(".jsonl").open("a") as file:
-            file.write(json.dumps(_json_safe(row), default=str) + "\n")
+    def get(self, name: str) -> Tensor | None:
+        """A kept weight, memory-mapped, or None where it is not there (or no longer)."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
 
-    def scratch(self, cell: Cell) -> Path:
-        """Where a cell's recovered weights wait for the semantic metrics."""
-        return self.folder / "scratch" / cell.digest
+        try:
+            return load_file(self._path(name))["weight"]
+        except (FileNotFoundError, SafetensorError, KeyError):
+            return None
 
-    def keep_weights(self, cell: Cell, index: int, candidates: Tensor) -> None:
-        """Keep one layer's candidates (c, d, k) until the cell is scored."""
-        folder = self.scratch(cell)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{index}.safetensors"
-        save_file({str(c): candidate.contiguous() for c, candidate in enumerate(candidates)}, temporary)
-        os.replace(temporary, folder / f"{index}.safetensors")
+    def drop(self, names: Iterable[str]) -> None:
+        """Delete kept weights, and the folder with the last of them."""
+        for name in names:
+            self._path(name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or others' weights in it
+            (self.folder / "weights").rmdir()
 
-    def has_weights(self, cell: Cell, index: int) -> bool:
-        """Whether a layer's candidates are still there."""
-        return (self.scratch(cell) / f"{index}.safetensors").exists()
 
-    def weights(self, cell: Cell, index: int) -> dict[str, Tensor]:
-        """One layer's candidates, memory-mapped: {"0": (d, k), ...}."""
-        return load_file(self.scratch(cell) / f"{index}.safetensors")
+def _now() -> str:
+    seconds = time.time()
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1e6):06d}Z"
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """All finished records of the folder, oldest first."""
-        paths = sorted(self.folder.glob("cells/*/*/*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
-        for path in paths:
-            yield json.loads(path.read_text(), object_hook=_json_back)
 
-    def tables(self, fingerprint: str, current: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Write `layers.parquet` and `trials.parquet` and return both.
+def _order(record: Mapping[str, Any]) -> tuple[bool, str, str]:
+    return bool(record.get("failed")), str(record["finished"]), str(record["context"])
 
-        They hold the current run's cells and, for coordinates it did not touch, the newest earlier ones of the same
-        data; records of other data stay in `cells/` only. current: digests of the current run's cells.
-        """
-        newest: dict[tuple[Any, ...], dict[str, Any]] = {}
-        mine = set(current)
-        for record in self.records():
-            if record["fingerprint"] != fingerprint:
+
+def _whole(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with all the fields of its kind. Raises KeyError or ValueError for one that is none."""
+    fields = FIELDS | {LAYER: LAYER_FIELDS, SCORE: SCORE_FIELDS}[record["kind"]]
+    if not all(isinstance(record[name], str) for name in FIELDS):
+        raise ValueError("a record's key, context and time are text")
+    whole = {name: record.get(name) for name in fields}
+    for name in ("models", "weights"):
+        if name in whole:
+            whole[name] = list(whole[name] or ())
+    return whole
+
+
+def write_records(records: Sequence[Mapping[str, Any]], contexts: Mapping[str, Any], path: Path) -> None:
+    """Write records and the contexts they name as one parquet file, under a temporary name first."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {"list": pa.list_(pa.int64()), "list_string": pa.list_(pa.string()), "bool": pa.bool_()}
+    types |= {"string": pa.string(), "int64": pa.int64(), "double": pa.float64()}
+    fields = FIELDS | LAYER_FIELDS | SCORE_FIELDS
+    schema = pa.schema([(name, types[kind]) for name, kind in fields.items()])
+    metadata = {"lowra.format": str(FORMAT), "lowra.contexts": dumps(dict(contexts))}
+    columns = {name: [record.get(name) for record in records] for name in fields}
+    table = pa.table(columns, schema=schema).replace_schema_metadata(metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(path)
+    pq.write_table(table, temporary, compression="zstd", compression_level=9)
+    os.replace(temporary, path)
+
+
+# ---- Many folders: what reports read ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of one or more folders as tables (see `read`).
+
+    layers: a row per (draw, layer, variant). scores: a row per (draw, variant, column of a metric), averaged over
+    candidates. history: a row per step of methods that keep one. contexts: what is known of the processes that wrote
+    them. notes: sentences on what was left out.
+    """
+
+    layers: pd.DataFrame
+    scores: pd.DataFrame
+    history: pd.DataFrame
+    contexts: dict[str, dict[str, Any]]
+    notes: tuple[str, ...] = field(default=())
+
+
+def read(folders: Sequence[Path], keys: Iterable[str] | None = None) -> Records:
+    """The records of run folders, as tables.
+
+    keys: only layer records of these keys (what a run was asked for); else all, of each label the newest variant.
+    Raises LowraError where a folder holds no records.
+    """
+    rows: list[dict[str, Any]] = []
+    scores: list[dict[str, Any]] = []
+    contexts: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
+    for folder in folders:
+        store = Store(Path(folder))
+        store.refresh()
+        found = store.all(LAYER)
+        if not found:
+            raise LowraError(f"{folder} holds no records of a run; expected a folder such as runs/vit/mini.")
+        rows += [record | {"folder": str(folder)} for record in found]
+        scores += store.all(SCORE)
+        contexts |= store.contexts
+        if store.damaged:
+            notes.append(f"{len(store.damaged)} damaged records or files in {folder} were left out.")
+    wanted = None if keys is None else set(keys)
+    return tables(rows, scores, contexts, wanted, notes)
+
+
+def tables(
+    rows: Sequence[Mapping[str, Any]],
+    scores: Sequence[Mapping[str, Any]],
+    contexts: dict[str, dict[str, Any]],
+    wanted: set[str] | None = None,
+    notes: Sequence[str] = (),
+) -> Records:
+    """Layer and score records as the tables of `Records`; see `read`."""
+    import pandas as pd
+
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if wanted is None or row["key"] in wanted:
+            known = best.get(row["key"])
+            if known is None or _order(row) < _order(known):
+                best[row["key"]] = row
+    kept, dropped = list(best.values()), 0
+    if wanted is None:
+        kept, dropped = _newest(kept)
+    said = list(notes)
+    if dropped:
+        said.append(f"{dropped} records of older versions of the same methods were left out.")
+    kept.sort(key=lambda r: (*(str(r[c]) for c in SETTING), r["n_loras"], r["trial"], r["label"]))
+    layers = pd.DataFrame([_row(record) for record in kept])
+    history = [step for record in kept if record.get("history") for step in _steps(record)]
+    return Records(layers, _scores(kept, scores), pd.DataFrame(history), contexts, tuple(said))
+
+
+def _newest(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
+    """Of each setting and label, the variant recorded last; of each of its layers, the record finished last."""
+    last: dict[tuple[Any, ...], tuple[str, str]] = {}
+    for row in rows:
+        place = (*(row[c] for c in SETTING), row["label"])
+        last[place] = max(last.get(place, ("", "")), (row["finished"], row["variant"]))
+    newest: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for row in rows:
+        if last[(*(row[c] for c in SETTING), row["label"])][1] != row["variant"]:
+            continue
+        where = (*(row[c] for c in SETTING), row["variant"], row["trial"], tuple(row["models"]))
+        where += tuple(row[c] for c in LAYER_NAME)
+        known = newest.get(where)
+        if known is None or (not row["failed"], row["finished"]) > (not known["failed"], known["finished"]):
+            newest[where] = row
+    return list(newest.values()), len(rows) - len(newest)
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's row: the record's fields, its statistics as columns of their own."""
+    skipped = ("kind", "stats", "history")
+    row = {name: value for name, value in record.items() if name not in skipped}
+    for name in ("w_error", "exact_fraction", "floor_w_error"):
+        row[name] = math.nan if row[name] is None else row[name]
+    row["failed"], row["exact_layer"] = bool(row["failed"]), bool(row["exact_layer"])
+    return row | {f"stat_{name}": value for name, value in loads(record["stats"] or "{}").items()}
+
+
+def _place(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in (*COORDINATES, "merge_dtype", "merge_order", "knows_rank", "device")}
+
+
+def _steps(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    where = _place(record) | {name: record[name] for name in LAYER_NAME}
+    for number, step in enumerate(loads(record["history"])):
+        yield where | {"step": number} | step
+
+
+def model_digest(layers: Iterable[Mapping[str, Any]], candidate: int) -> str | None:
+    """The digest of a recovered model: of its layers' names and weights. None where a layer has no such candidate."""
+    parts = []
+    for record in layers:
+        if len(record["weights"]) <= candidate:
+            return None
+        parts.append(f"{record['layer_model']}|{record['layer_name']}|{record['weights'][candidate]}")
+    return digest("\n".join(sorted(parts)))
+
+
+def _scores(layers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Scores joined to the draws whose recovered models they scored, averaged over candidates."""
+    import pandas as pd
+
+    by_model: dict[str, list[Mapping[str, Any]]] = {}
+    for score in scores:
+        for name in score["weights"]:
+            by_model.setdefault(name, []).append(score)
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for record in layers:
+        place = _place(record) | {"models": tuple(record["models"])}
+        groups.setdefault(tuple(place.values()), []).append(record)
+    rows = []
+    for group in groups.values():
+        count = {len(record["weights"]) for record in group}
+        if len(count) != 1 or 0 in count:
+            continue
+        digests = [model_digest(group, c) for c in range(count.pop())]
+        found: dict[tuple[str, str, str], dict[str, tuple[str, float]]] = {}
+        for name in digests:
+            for score in by_model.get(str(name), ()):
+                for column, value in loads(score["values"]).items():
+                    place = (score["metric"], column, score["settings"] + score["base"] + score["inputs"])
+                    known = found.setdefault(place, {})
+                    if str(name) not in known or known[str(name)][0] < score["finished"]:
+                        known[str(name)] = (score["finished"], value)
+        latest: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
+        for (metric, column, _), known in found.items():
+            if set(known) != set(digests):
                 continue
-            key = tuple(record["trial"][c] for c in COORDINATES)
-            if key not in newest or record["cell"] in mine or newest[key]["cell"] not in mine:
-                newest[key] = record
-        kept = sorted(newest.values(), key=lambda r: tuple(str(r["trial"][c]).zfill(4) for c in COORDINATES))
-        trials = pd.DataFrame([record["trial"] for record in kept])
-        layers = pd.DataFrame([row for record in kept for row in record["layers"]])
-        self._write_table(trials, "trials")
-        self._write_table(layers, "layers")
-        history = [row for record in kept for row in record.get("history", [])]
-        if history:
-            self._write_table(pd.DataFrame(history), "history")
-        return layers, trials
-
-    def _write_table(self, table: pd.DataFrame, name: str) -> None:
-        temporary = self.folder / f".{name}.{os.getpid()}.parquet"
-        table.to_parquet(temporary, index=False)
-        os.replace(temporary, self.folder / f"{name}.parquet")
+            score = next(s for s in by_model[str(digests[0])] if s["metric"] == metric)
+            heading = score["heading"] if column == score["column"] else column
+            values = [known[str(name)][1] for name in digests]
+            row = _place(group[0]) | {"models": list(group[0]["models"]), "metric": metric, "column": column}
+            row |= {"heading": heading, "settings": score["settings"], "value": sum(values) / len(values)}
+            row |= {"weights": digests}
+            newest = max(time for time, _ in known.values())
+            if newest >= latest.get((metric, column), ("", {}))[0]:
+                latest[metric, column] = (newest, row)
+        rows += [row for _, row in latest.values()]
+    return pd.DataFrame(rows)
 
 
-def weights_digest(weights: dict[tuple[str, str], Tensor]) -> str:
-    """A digest of recovered weights: equal weights are scored once."""
-    digest = hashlib.sha256()
-    for (component, name), tensor in sorted(weights.items()):
-        digest.update(f"{component}|{name}|{tensor.dtype}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def trials(layers: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """A row per (setting, draw, variant): what its layers say together, and a column per metric.
+
+    W-Error is the mean over layers (Eq. 8), NaN with a failed layer; `w_error_layer_std` the deviation over layers;
+    `seconds` the sum over layers.
+    """
+    import pandas as pd
+
+    where = [*COORDINATES, "pretty", "merge_dtype", "merge_order", "knows_rank", "device"]
+    grouped = layers.assign(models=layers["models"].map(tuple)).groupby(where, sort=False, dropna=False)
+    table = grouped.agg(
+        w_error=("w_error", lambda e: e.mean(skipna=False)),
+        w_error_layer_std=("w_error", lambda e: e.std() if len(e) > 1 else 0.0),
+        exact_fraction=("exact_fraction", lambda e: e.mean(skipna=False)),
+        exact_layers=("exact_layer", "sum"),
+        layers=("w_error", "size"),
+        failed_layers=("failed", "sum"),
+        seconds=("seconds", "sum"),
+    ).reset_index()
+    table.loc[table["failed_layers"] > 0, ["w_error", "exact_fraction"]] = math.nan
+    if len(scores):
+        on = [name for name in where if name not in ("pretty", "method", "label")]
+        wide = scores.assign(models=scores["models"].map(tuple)).pivot_table(
+            index=on, columns="column", values="value", sort=False
+        )
+        table = table.merge(wide.reset_index(), on=on, how="left")
+    table["models"] = table["models"].map(list)
+    return pd.DataFrame(table)

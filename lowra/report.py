@@ -1,59 +1,94 @@
-"""Tables and figures from the records of a run: `python -m lowra.report results/vit/mini`.
-
-`lowra.run` calls this at its end; by itself it makes them again without running anything.
-"""
+"""Tables and figures from records: `python -m lowra.report runs/vit/mini`. Runs nothing, needs no model."""
 
 from __future__ import annotations
 
 import argparse
-import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowra.cli import tell_mistakes
-from lowra.records import write_text
-from lowra.reporting.figures import write_figures
-from lowra.reporting.results import load
-from lowra.reporting.tables import breakdown, main_table, markdown, plain, summary
 
-LEGEND = (
-    "W-Error is the mean over layers of log10 MSE (Eq. 8); an exactly recovered layer counts as -31.3. "
-    "± is the deviation over draws, '± layers' that over layers; 'floor' is what the rounding of the merges leaves "
-    "when every update is known. 'paper' columns are the paper's own full-size results."
-)
+if TYPE_CHECKING:
+    from lowra.records import Records
 
 
-def write(folder: Path) -> str:
-    """Write `table.md` and the figures of a results folder; returns the table for the terminal."""
-    results = load(folder)
-    table = main_table(results)
-    figures = write_figures(results)
-    parts = [f"# {results.title} (source={results.run['source']})", results.caption, markdown(table), LEGEND]
-    parts += [f"![{path.stem}]({path.name})" for path in figures]
-    for by, heading in (("layer_type", "By layer type"), ("depth", "By depth")):
-        parts += [f"## {heading}", "Mean W-Error.", markdown(breakdown(results, by))]
-    write_text(folder / "table.md", "\n\n".join(parts) + "\n")
-    caption = results.caption.replace("**", "")
-    return f"\n{caption}\n\n{plain(table)}\n\n{LEGEND}\nWritten to {folder}: table.md, layers.parquet, trials.parquet."
+def read(folders: Sequence[Path]) -> Records:
+    """The records of some folders; raises LowraError where there are none."""
+    from lowra import records
+    from lowra.errors import LowraError
+
+    for folder in folders:
+        if not folder.is_dir():
+            raise LowraError(
+                f"{folder} is no folder; expected one that a run or a report wrote, such as runs/vit/mini."
+            )
+    found = records.read(folders)
+    there = set(found.layers["folder"].map(str)) if len(found.layers) else set()
+    for folder in folders:
+        # A record that lies in two folders is counted once, so a copy may add none of its own: ask it alone.
+        if str(folder) not in there and records.read([folder]).layers.empty:
+            raise LowraError(f"{folder} holds no records; expected a folder that a run wrote, such as runs/vit/mini.")
+    return found
 
 
-def show(folder: Path) -> None:
-    """Write and print."""
-    print(write(folder))
+def refuse_mixed(records: Records, folders: Sequence[Path]) -> None:
+    """Raise LowraError, naming what differs, unless the records of all folders are of one setting of the same data."""
+    from lowra.errors import LowraError
+    from lowra.reporting.views import SETTING
+
+    layers = records.layers
+    settings = {name: set(map(tuple, part[list(SETTING)].to_numpy())) for name, part in layers.groupby("folder")}
+    first, *others = settings
+    for other in others:
+        if settings[first] & settings[other]:
+            continue
+        differing = [
+            f"{column} {', '.join(sorted(one))} in {first} and {', '.join(sorted(two))} in {other}"
+            for i, column in enumerate(SETTING)
+            if (one := {str(s[i]) for s in settings[first]}) != (two := {str(s[i]) for s in settings[other]})
+        ]
+        raise LowraError(
+            f"These folders cannot be one table: {'; '.join(differing)}. Report them one by one, or side by side with "
+            "--summary."
+        )
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
-        prog="python -m lowra.report", description="Make a run's tables and figures again."
+        prog="python -m lowra.report",
+        description="Make tables and figures from records. One folder: write them into it. Several folders of the same "
+        "data: print one table of them all, and say which records came from where.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="results/SUBSET/SOURCE")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs/SUBSET/SOURCE or an exported one")
     parser.add_argument("--summary", action="store_true", help="only print one Markdown table of all the folders")
+    parser.add_argument(
+        "--to", type=Path, metavar="FOLDER", help="write the records, compactly, and tables and figures"
+    )
     arguments = parser.parse_args()
+    tell_mistakes(lambda: work(arguments))
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    from lowra import records as store
+    from lowra import reporting
+    from lowra.reporting import tables
+    from lowra.reporting.views import views
+
+    records = read(arguments.folders)
     if arguments.summary:
-        tell_mistakes(lambda: print(markdown(summary([load(folder) for folder in arguments.folders]))))
+        print(tables.markdown(tables.summary(views(records))))
+        return
+    refuse_mixed(records, arguments.folders)
+    if arguments.to:
+        store.export(records, arguments.to)
+        print(reporting.write(records, arguments.to))
+    elif len(arguments.folders) == 1:
+        print(reporting.write(records, arguments.folders[0]))
     else:
-        for folder in arguments.folders:
-            tell_mistakes(functools.partial(show, folder))
+        print(reporting.text(records))
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ def test_ranks_may_differ_between_loras(tmp_path: Path, custom: Configure) -> No
 class Norm:
     """A metric that scores the mean of all recovered weights, and keeps a file a model."""
 
-    column, pretty, families = "norm", "Norm", ("custom",)
+    column, pretty, kinds = "norm", "Norm", ("custom",)
 
     def __init__(self) -> None:
         self.labels: list[str] = []
@@ -297,8 +297,11 @@ class Norm:
     def ready(self) -> None:
         pass
 
-    def check(self, base: str, evaluation: Path | None) -> None:
+    def check(self, base: str, evaluation: Path | None, device: torch.device) -> None:
         pass
+
+    def gallery(self, artifacts: Path, columns: dict[str, str], folder: Path, title: str) -> list[Path]:
+        return []
 
     def scorer(self, base: str, evaluation: Path | None, device: torch.device, artifacts: Path) -> Norm:
         self.artifacts = artifacts

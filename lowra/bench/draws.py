@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import re
 from dataclasses import dataclass
 
@@ -35,12 +37,13 @@ def parse(text: str) -> tuple[str, int, int]:
 
 
 def draws(subset: str, available: int, n_loras: int, trials: int, seed: int) -> tuple[Draw, ...]:
-    """`trials` seeded draws of `n_loras` out of `available` models, without replacement.
+    """`trials` different seeded draws of `n_loras` out of `available` models, or all there are where they are fewer.
 
     Each trial orders all models by a SHA-256 of (seed, trial, model) and takes the first n_loras: no library's
     generator is involved, so a draw is the same on every machine and version. Draws of one trial are nested: a
     sweep over n_loras adds models to those the smaller draw had, which takes the luck of the draw out of the
-    comparison. Raises LowraError for n_loras below 2 or above `available`.
+    comparison. A trial that repeats an earlier draw is passed over (15 of 15 models can be drawn once only).
+    Raises LowraError for n_loras below 2 or above `available`.
     """
     if n_loras < 2:
         raise LowraError(f"n_loras is {n_loras}; recovery compares models and needs at least 2.")
@@ -52,7 +55,11 @@ def draws(subset: str, available: int, n_loras: int, trials: int, seed: int) -> 
     def key(trial: int, model: int) -> bytes:
         return hashlib.sha256(f"lowra draw|{seed}|{trial}|{model}".encode()).digest()
 
-    return tuple(
-        Draw(subset, trial, tuple(sorted(sorted(range(available), key=lambda m: key(trial, m))[:n_loras])))
-        for trial in range(trials)
-    )
+    found: dict[tuple[int, ...], Draw] = {}
+    wanted = min(trials, math.comb(available, n_loras))
+    for trial in itertools.count():
+        models = tuple(sorted(sorted(range(available), key=lambda m: key(trial, m))[:n_loras]))
+        found.setdefault(models, Draw(subset, trial, models))
+        if len(found) == wanted:
+            return tuple(found.values())
+    raise AssertionError  # count() has no end

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,12 +30,15 @@ class Observation:
     seed: for methods that draw random numbers; the same for every method of a draw and layer.
     storage: dtype the published W'_i were stored in before they were read into float32 (their rounding grid).
         The attacker sees it in the checkpoint file's header.
+    watch: where the judge looks over an iterative method's shoulder: a method that keeps a history shows it its W
+        (d, k) once per entry. It gives nothing back.
     """
 
     merged: Tensor
     rank: int | None = None
     seed: int = 0
     storage: torch.dtype = torch.float32
+    watch: Callable[[Tensor], None] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Recovery:
 
     candidates: (c, d, k), float32 or float64; the scores are averaged over the c candidates (most methods have one).
     status: "ok", or the method's own sentence on how far its answer can be trusted.
-    stats: scalars that become columns `stat_<key>` of `layers.parquet`.
+    stats: scalars that become columns `stat_<key>` of `layers.parquet`; a key's values are of one type in all layers.
     history: per-step numbers (one dict a step) for methods that keep them when asked.
     """
 
@@ -87,8 +90,8 @@ class Method(Protocol):
 class FunctionMethod:
     """A plain function of the stack `(n, d, k)` made into a method.
 
-    The function may also ask for `rank`, `seed` or `storage` by naming a parameter so. It returns `(d, k)`,
-    or `(c, d, k)` for several candidates.
+    The function may also ask for `rank`, `seed` or `storage` by naming a parameter so; what a `functools.partial` has
+    fixed already stays as it is. It returns `(d, k)`, or `(c, d, k)` for several candidates.
     """
 
     function: Callable[..., Tensor]
@@ -99,9 +102,28 @@ class FunctionMethod:
     def recover(self, observation: Observation) -> Recovery:
         """Call the function with what it asks for."""
         granted = {"rank": observation.rank, "seed": observation.seed, "storage": observation.storage}
-        wanted = inspect.signature(self.function).parameters
+        wanted = _asked(self.function)
         weight = self.function(observation.merged, **{k: v for k, v in granted.items() if k in wanted})
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"returned a {type(weight).__name__}; expected a tensor (d, k) or (candidates, d, k)")
         return Recovery(weight if weight.ndim == 3 else weight.unsqueeze(0))  # (c, d, k)
+
+
+@dataclass(frozen=True)
+class ObjectMethod:
+    """An object with `recover(observation)` that lacks some of a method's names, given them."""
+
+    target: Any
+    pretty: str
+    reference: str = ""
+    needs_rank: bool = False
+
+    def recover(self, observation: Observation) -> Recovery:
+        """The object's own."""
+        return self.target.recover(observation)  # type: ignore[no-any-return]
+
+
+GRANTED = ("rank", "seed", "storage")
 
 
 def as_method(target: Any, name: str) -> Method:
@@ -110,26 +132,52 @@ def as_method(target: Any, name: str) -> Method:
     Accepts an object with `recover(observation)`, or a callable of the stack (`_partial_: true` in the config).
     """
     if callable(getattr(target, "recover", None)):
-        for attribute, default in (("pretty", name), ("reference", ""), ("needs_rank", False)):
-            if not hasattr(target, attribute):
-                object.__setattr__(target, attribute, default)
-        return target  # type: ignore[no-any-return]
+        _bind(target.recover, name, "the observation", {})
+        if all(hasattr(target, attribute) for attribute in ("pretty", "reference", "needs_rank")):
+            return target  # type: ignore[no-any-return]
+        return ObjectMethod(
+            target,
+            str(getattr(target, "pretty", name)),
+            str(getattr(target, "reference", "")),
+            bool(getattr(target, "needs_rank", False)),
+        )
     if callable(target):
-        parameters = inspect.signature(target).parameters
-        if not parameters:
-            raise LowraError(f"Method {name!r} takes no argument; a method function takes the stack (n, d, k) first.")
-        bare = target.func if isinstance(target, functools.partial) else target
-        pretty = getattr(bare, "pretty", name)
-        return FunctionMethod(target, pretty, needs_rank=_needs(parameters))
+        asked = _asked(target)
+        _bind(target, name, "the stack (n, d, k)", dict.fromkeys(asked))
+        bare = target
+        while isinstance(bare, functools.partial):
+            bare = bare.func
+        needs = "rank" in asked and asked["rank"].default is inspect.Parameter.empty
+        return FunctionMethod(target, str(getattr(bare, "pretty", name)), needs_rank=needs)
     raise LowraError(
         f"Method {name!r} is a {type(target).__name__}; expected an object with recover(observation), "
         "or a function of the stack (n, d, k) given with `_partial_: true`."
     )
 
 
-def _needs(parameters: Any) -> bool:
-    rank = parameters.get("rank")
-    return rank is not None and rank.default is inspect.Parameter.empty
+def _asked(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters among `GRANTED` that a function names and that no partial has fixed."""
+    fixed: set[str] = set()
+    bare = function
+    while isinstance(bare, functools.partial):
+        fixed |= set(bare.keywords)
+        bare = bare.func
+    parameters = inspect.signature(function).parameters
+    return {name: parameters[name] for name in GRANTED if name in parameters and name not in fixed}
+
+
+def _bind(function: Callable[..., Any], name: str, first: str, granted: dict[str, None]) -> None:
+    """Raise LowraError when a function cannot be called with `first` and what it is granted."""
+    signature = inspect.signature(function)
+    if not signature.parameters:
+        raise LowraError(f"Method {name!r} takes no argument; a method takes {first} first.")
+    try:
+        signature.bind(None, **granted)
+    except TypeError as error:
+        raise LowraError(
+            f"Method {name!r} cannot be called with {first}: {error}. Beside it a function may ask for "
+            f"{', '.join(GRANTED)}; anything else needs a default, or a value in the method's config."
+        ) from None
 
 
 def check_observation(observation: Observation) -> None:
@@ -152,3 +200,45 @@ def check_observation(observation: Observation) -> None:
         raise LowraError("The merged weights contain NaN or infinity; check the files they were read from.")
     if observation.rank is not None and not 1 <= observation.rank <= min(d, k):
         raise LowraError(f"Rank {observation.rank} does not fit a {d} x {k} layer; expected 1 to {min(d, k)}.")
+
+
+def check_recovery(recovery: Any, shape: torch.Size | tuple[int, int]) -> Tensor:
+    """The candidates of what a method returned, detached on the CPU. Raises TypeError or ValueError with the reason.
+
+    shape: (d, k), expected of each candidate.
+    """
+    if not isinstance(recovery, Recovery):
+        raise TypeError(f"recover returned a {type(recovery).__name__}; expected a Recovery")
+    candidates = recovery.candidates
+    if not isinstance(candidates, Tensor):
+        raise TypeError(f"candidates is a {type(candidates).__name__}; expected a tensor (candidates, d, k)")
+    if candidates.layout != torch.strided or candidates.is_quantized or not candidates.is_floating_point():
+        raise TypeError(
+            f"candidates is a {candidates.layout} tensor of {candidates.dtype}; expected a dense one of real "
+            "floating-point numbers"
+        )
+    if candidates.ndim != 3 or tuple(candidates.shape[1:]) != tuple(shape) or not len(candidates):
+        raise ValueError(
+            f"returned shape {tuple(candidates.shape)}; expected (candidates, {shape[0]}, {shape[1]}) "
+            "with at least one candidate"
+        )
+    if not isinstance(recovery.status, str):
+        raise TypeError(f"status is a {type(recovery.status).__name__}; expected a sentence")
+    _check_numbers(recovery.stats, "stats", text=True)
+    if recovery.history is not None:
+        if not isinstance(recovery.history, list | tuple):
+            raise TypeError(
+                f"history is a {type(recovery.history).__name__}; expected a list with a dict for each step"
+            )
+        for step in recovery.history:
+            _check_numbers(step, "a step of history", text=False)
+    return candidates.detach().cpu()
+
+
+def _check_numbers(values: Any, what: str, *, text: bool) -> None:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what} is a {type(values).__name__}; expected a dict of numbers")
+    kinds = (bool, int, float, str, type(None)) if text else (bool, int, float)
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, kinds):
+            raise TypeError(f"{what} holds {name!r}: {type(value).__name__}; expected plain numbers under names")

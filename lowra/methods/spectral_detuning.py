@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowra.checks import check_fields
 from lowra.errors import LowraError
 from lowra.methods.base import Observation, Recovery, check_observation
 
@@ -58,7 +59,9 @@ class SpectralDeTuning:
     start_rank, factor, patience, force_end_rank_percent: see `RankScheduler`.
     compress: run the same iteration in the joint subspace of the differences (see `joint_subspace`). Falls
         back to the full space where that subspace is no smaller than the layer.
-    keep_history: return the loss and the rank of every step in `Recovery.history`.
+    keep_history: return the loss and the rank of every step in `Recovery.history`, each W shown to the judge, who adds
+        its W-Error.
+    stop_after: end after so many steps of the schedule that `steps` lays out (for curves over steps); None runs all.
     """
 
     steps: int = 300
@@ -69,14 +72,18 @@ class SpectralDeTuning:
     force_end_rank_percent: float = 0.5
     compress: bool = False
     keep_history: bool = False
+    stop_after: int | None = None
 
     pretty: ClassVar[str] = "Spectral DeTuning"
     reference: ClassVar[str] = "Horwitz et al. 2024, Algorithm 2, https://arxiv.org/abs/2402.10208"
     needs_rank: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self, "methods.spectral_detuning")
         if self.steps < 1:
             raise LowraError(f"Spectral DeTuning runs at least 1 step; got steps={self.steps}.")
+        if self.stop_after is not None and not 1 <= self.stop_after <= self.steps:
+            raise LowraError(f"stop_after is 1 to steps={self.steps}, or null for all; got {self.stop_after}.")
         if self.start_rank < 1 or self.factor < 2 or self.patience < 0:
             raise LowraError(
                 "Spectral DeTuning's scheduler needs start_rank >= 1, factor >= 2 and patience >= 0; got "
@@ -101,15 +108,23 @@ class SpectralDeTuning:
         stack = observation.merged
         n, d, k = stack.shape
         compressed = self.compress and n * rank < min(d, k)
+        watch = observation.watch if self.keep_history else None
         with torch.random.fork_rng(devices=[stack.device] if stack.is_cuda else []):
             torch.manual_seed(observation.seed)
             if compressed:
                 left, right, mean, cores, outside = joint_subspace(stack, rank)
-                core, history = self._iterate(cores, rank, projection, stack.dtype, entries=d * k, outside=outside)
-                # Back in float32, as Algorithm 2 works: W is a float32 weight, and rounding to its grid only helps.
-                weight = (mean + left @ core @ right.mT).to(stack.dtype)  # (d, k)
+
+                def lifted(core: Tensor) -> Tensor:
+                    # In float32, as Algorithm 2 works: W is a float32 weight, and rounding to its grid only helps.
+                    return (mean + left @ core.to(left.dtype) @ right.mT).to(stack.dtype)  # (d, k)
+
+                seen = (lambda core: watch(lifted(core))) if watch else None
+                core, history = self._iterate(
+                    cores, rank, projection, stack.dtype, entries=d * k, outside=outside, watch=seen
+                )
+                weight = lifted(core)
             else:
-                weight, history = self._iterate(stack, rank, svd_truncation, stack.dtype, entries=d * k)
+                weight, history = self._iterate(stack, rank, svd_truncation, stack.dtype, entries=d * k, watch=watch)
         last = history[-1]
         return Recovery(
             weight.unsqueeze(0),
@@ -126,6 +141,7 @@ class SpectralDeTuning:
         *,
         entries: int,
         outside: float = 0.0,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, list[dict[str, float]]]:
         """Algorithm 2 on a stack (n, a, b): the merged weights, or their cores in the joint subspace.
 
@@ -139,7 +155,7 @@ class SpectralDeTuning:
         weight = merged.mean(0)  # (a, b)
         batch_size = max(1, BATCH_ENTRIES // weight.numel())
         history = []
-        for step in range(self.steps):
+        for step in range(self.steps if self.stop_after is None else self.stop_after):
             if step == self.steps - math.ceil(FLOAT64_SHARE * self.steps):
                 merged, weight = stack, weight.to(stack.dtype)
             # M-step (Eq. 5): what the rank-r updates leave of the merged weights, W'_i - M_i.
@@ -149,6 +165,8 @@ class SpectralDeTuning:
             squares = sum(float((batch - weight).square_().mean()) * len(batch) for batch in rest.split(batch_size))
             loss = (squares / len(rest) * weight.numel() + outside) / entries
             history.append({"loss": loss, "rank": float(current_rank)})
+            if watch:
+                watch(weight)
             if ranks:
                 current_rank = ranks.step(loss)
         return weight, history

@@ -7,6 +7,7 @@ The mean is over all tokens, the class token included. Activations come from flo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,8 +18,20 @@ from tqdm import tqdm
 
 from lowra.bench.images import SUFFIXES, image_processor, open_image, pixel_values
 from lowra.checkpoints.stored import StoredState, component_folder, with_weights
-from lowra.errors import LowraError, unknown
-from lowra.metrics.base import Weights
+from lowra.errors import LowraError
+from lowra.metrics.base import (
+    REFERENCE,
+    TEXT_OR_NULL,
+    Weights,
+    check_settings,
+    digest,
+    file_digest,
+    kept,
+    one_of,
+    whole,
+    whole_file,
+)
+from lowra.packages import require
 from lowra.quiet import quiet
 
 
@@ -41,27 +54,36 @@ class ActivationDistance:
 
     column: ClassVar[str] = "act_dist"
     pretty: ClassVar[str] = "Act.-Dist."
-    families: ClassVar[tuple[str, ...]] = ("vit",)
+    kinds: ClassVar[tuple[str, ...]] = ("image_classifier",)
+    places: ClassVar[tuple[str, ...]] = ("images",)
 
     def ready(self) -> None:
-        """Raise LowraError for unknown options."""
-        for name, value, known in (
-            ("tokens", self.tokens, ("mean", "flatten")),
-            ("blocks", self.blocks, ("last", "all")),
-        ):
-            if value not in known:
-                raise unknown(f"metrics.activation_distance.{name}", value, known)
-        if self.images_per_class < 1 or self.batch_size < 1:
-            raise LowraError("metrics.activation_distance: images_per_class and batch_size must be at least 1.")
+        """Raise LowraError for settings that cannot be and missing packages."""
+        check_settings(
+            self,
+            "metrics.activation_distance",
+            images=TEXT_OR_NULL,
+            images_per_class=whole(1),
+            tokens=one_of(("mean", "flatten")),
+            blocks=one_of(("last", "all")),
+            batch_size=whole(1),
+        )
+        require("Act.-Dist.", "transformers", "torchvision")
 
-    def check(self, base: str, evaluation: Path | None) -> None:
+    def check(self, base: str, evaluation: Path | None, device: torch.device) -> None:
         """Raise LowraError for a base without weights or processor, and missing or broken images."""
         # The images first: they are the cheapest to look at, and the base may have to be fetched.
         for path in self.image_paths(evaluation):
             open_image(path, header_only=True)
-        folder = component_folder(base)
-        StoredState(folder)
-        image_processor(folder)
+        if base:
+            folder = component_folder(base)
+            StoredState(folder)
+            image_processor(folder)
+
+    def inputs(self, evaluation: Path | None) -> str:
+        """A digest of the images' names and bytes."""
+        paths = self.image_paths(evaluation)
+        return digest([(path.parent.name, path.name, file_digest(path)) for path in paths])
 
     def image_paths(self, evaluation: Path | None) -> list[Path]:
         """The images to compare on, class by class in the order of names.
@@ -94,10 +116,13 @@ class ActivationDistance:
         """The base model's activations on all images; `activation_distance_images.txt` in `artifacts` lists these."""
         paths = self.image_paths(evaluation)
         if artifacts is not None:
-            artifacts.mkdir(parents=True, exist_ok=True)
-            names = "".join(f"{path.parent.name}/{path.name}\n" for path in paths)
-            (artifacts / "activation_distance_images.txt").write_text(names)
+            with whole_file(kept(self, artifacts) / "activation_distance_images.txt") as temporary:
+                temporary.write_text("".join(f"{path.parent.name}/{path.name}\n" for path in paths))
         return ActivationScorer(self, component_folder(base), paths, device)
+
+    def gallery(self, artifacts: Path, columns: Mapping[str, str], folder: Path, title: str) -> list[Path]:
+        """Nothing: a classifier's activations are not for looking at."""
+        return []
 
 
 class ActivationScorer:
@@ -112,9 +137,9 @@ class ActivationScorer:
         self._device = device
         self._pixels = pixel_values(paths, image_processor(base))  # (n, 3, height, width)
         # Kept from a model that took the same way as the recovered ones, so that equal weights are at distance 0.
-        self._reference = [[b.cpu() for b in batch] for batch in self._activations({}, "reference")]
+        self._reference = [[b.cpu() for b in batch] for batch in self._activations({}, REFERENCE)]
 
-    def score(self, weights: Weights, label: str) -> dict[str, float]:
+    def score(self, weights: Weights, label: str | None) -> dict[str, float]:
         """Mean distance over images: `act_dist` after the last block, and each block's when all were asked for."""
         total: Tensor | float = 0.0
         for ours, true in zip(self._activations(weights, label), self._reference, strict=True):
@@ -125,7 +150,7 @@ class ActivationScorer:
             scores |= {f"{self._metric.column}_block_{i:02}": distance for i, distance in enumerate(distances)}
         return scores
 
-    def _activations(self, weights: Weights, label: str) -> Any:
+    def _activations(self, weights: Weights, label: str | None) -> Any:
         """Batch by batch, each wanted block's image vectors: (batch, width), or (batch, tokens * width) flattened."""
         model = load_vit(self._config, with_weights(self._state, {name: w for (_, name), w in weights.items()}))
         encoder = model.to(self._device).base_model

@@ -1,32 +1,53 @@
-"""What a semantic metric is: it compares the recovered model's behaviour with the true pre-fine-tuning model's."""
+"""What a semantic metric is: it compares the recovered model's behaviour with the true pre-fine-tuning model's.
+
+Nothing heavy is imported here, nor by a metric's module before its first model is needed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import torch
-from torch import Tensor
+from lowra.errors import LowraError, unknown
 
-Weights = Mapping[tuple[str, str], Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Weights: TypeAlias = "Mapping[tuple[str, str], Tensor]"
 """Recovered weights: (component, checkpoint layer name) to a (d, k) matrix. Layers not in it are the base model's."""
+
+REFERENCE = "reference"
+"""The label of the base model's own outputs."""
 
 
 class Scorer(Protocol):
     """A metric bound to one base model: reference outputs are computed once, recovered models are scored one by one."""
 
-    def score(self, weights: Weights, label: str) -> dict[str, float]:
+    def score(self, weights: Weights, label: str | None) -> dict[str, float]:
         """Score one recovered model: a value per column of the metric, and extra columns if it likes.
 
-        label: where kept outputs (texts, images) of this model go: "reference", "spectral_detuning", "lora_ft/3"...
-        A relative path below the scorer's artifact folder.
+        label: a name that belongs to these weights alone (a digest of them), under which the model's texts or images
+        are kept below the scorer's artifact folder; None keeps none.
         """
         ...
 
 
 class Metric(Protocol):
-    """A semantic metric is a frozen dataclass; its fields are its settings."""
+    """A semantic metric is a frozen dataclass; its fields are its settings.
+
+    A field that only says where something lies (a folder, a file) is named in `places`, if there is one: what lies
+    there decides scores through `inputs`, where it lies does not.
+    """
 
     @property
     def column(self) -> str:
@@ -39,18 +60,26 @@ class Metric(Protocol):
         ...
 
     @property
-    def families(self) -> tuple[str, ...]:
-        """Subsets it can score."""
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of model it can score, as `conf/subset` names them: image_classifier, causal_lm, text_to_image."""
         ...
 
     def ready(self) -> None:
         """Raise LowraError for what is wrong or missing whatever the data: settings, packages, judging models."""
         ...
 
-    def check(self, base: str, evaluation: Path | None) -> None:
-        """Raise LowraError for anything about this base that would stop scoring later: missing files, memory.
+    def check(self, base: str, evaluation: Path | None, device: torch.device) -> None:
+        """Raise LowraError for anything about this base that would stop scoring on `device`: missing files, memory.
 
-        Where the evaluation inputs are the builder's, called once they are there.
+        base: a local folder or a Hub id; "" where it is not known yet. Where the evaluation inputs are the builder's,
+        called once they are there.
+        """
+        ...
+
+    def inputs(self, evaluation: Path | None) -> str:
+        """Sixteen hex digits of all that decides scores beside settings, base and weights.
+
+        The prompts or images it will use, and the judging model.
         """
         ...
 
@@ -58,6 +87,107 @@ class Metric(Protocol):
         """Load the base model and compute the reference outputs.
 
         evaluation: the builder's folder of evaluation inputs, None when the metric's own fields name them.
-        artifacts: a folder for kept outputs, or None to keep none.
+        artifacts: a folder for kept outputs, this base's alone, or None to keep none.
         """
         ...
+
+    def gallery(self, artifacts: Path, columns: Mapping[str, str], folder: Path, title: str) -> list[Path]:
+        """Write kept outputs side by side into `folder` and return the files; none where there is nothing to show.
+
+        columns: label to heading, in order, the reference first. Raises LowraError for a label without outputs.
+        """
+        ...
+
+
+def settings(metric: Any) -> dict[str, Any]:
+    """The fields of a metric that decide its scores, by name: all but those that only say where something lies."""
+    places = getattr(metric, "places", ())
+    return {f.name: getattr(metric, f.name) for f in dataclasses.fields(metric) if f.name not in places}
+
+
+def kept(metric: Any, artifacts: Path) -> Path:
+    """The folder of a metric's outputs at its present settings: those of other settings are never taken for them."""
+    return artifacts / digest(type(metric).__qualname__, settings(metric))
+
+
+# ---- Settings ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a setting may be: a test, and the words that say it."""
+
+    expected: str
+    accepts: Callable[[Any], bool]
+    known: tuple[str, ...] = ()
+
+
+def whole(low: int, high: int | None = None) -> Rule:
+    """A whole number from `low` to `high`."""
+    upper = math.inf if high is None else high
+    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+    return Rule(f"a whole number {limits}", lambda value: type(value) is int and low <= value <= upper)
+
+
+def number(expected: str, accepts: Callable[[float], bool]) -> Rule:
+    """A finite number, whole or not, with a condition; `expected` says both."""
+    return Rule(expected, lambda v: type(v) in (int, float) and math.isfinite(v) and accepts(v))
+
+
+def one_of(known: Iterable[str]) -> Rule:
+    """One of these names."""
+    names = tuple(known)
+    return Rule("", lambda value: isinstance(value, str) and value in names, names)
+
+
+SEED = whole(0, 2**63 - 1)
+FLAG = Rule("true or false", lambda value: type(value) is bool)
+TEXT = Rule("a text", lambda value: isinstance(value, str) and value != "")
+TEXT_OR_NULL = Rule("a path, or null", lambda value: value is None or (isinstance(value, str) and value != ""))
+
+
+def check_settings(metric: Any, prefix: str, **rules: Rule) -> None:
+    """Raise LowraError for the first setting that breaks its rule, under the name that the command line knows.
+
+    Every field has a rule: one without is a bug of ours.
+    """
+    assert rules.keys() == {field.name for field in dataclasses.fields(metric)}
+    for name, rule in rules.items():
+        value = getattr(metric, name)
+        if rule.accepts(value):
+            continue
+        if rule.known:
+            raise unknown(f"{prefix}.{name}", value, rule.known)
+        raise LowraError(f"{prefix}.{name} is {value!r}; expected {rule.expected}.")
+
+
+# ---- Digests and files ------------------------------------------------------------------------------------------
+
+
+def digest(*parts: Any) -> str:
+    """Sixteen hex digits of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """Sixteen hex digits of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path of this call alone that takes the place of `path` at the end: whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

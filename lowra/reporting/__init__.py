@@ -1,1 +1,127 @@
-"""Tables and figures from records, and the paper's own numbers."""
+"""Tables, figures and the page from records, and the paper's own numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lowra.records import Records
+    from lowra.reporting.views import View
+
+
+def write(records: Records, folder: Path, *, methods_order: Sequence[str] | None = None, figures: bool = True) -> str:
+    """Write the views of some records into a folder; returns the text for the terminal.
+
+    `table.md`, `table.tex`, `table.csv`, `layers.parquet`, `trials.parquet` (and `history.parquet` where methods kept
+    one), and the figures as PNG and SVG. Without `figures` those of an earlier state are removed: nothing stale stays
+    beside a new table. methods_order: config keys of methods in the order of rows and legends.
+    Raises LowraError when there are no records or the folder cannot be written to.
+    """
+    from lowra.errors import LowraError
+    from lowra.reporting import tables
+    from lowra.reporting.escape import markdown_caption, markdown_text, slug
+    from lowra.reporting.files import write_text
+    from lowra.reporting.views import views
+
+    found = views(records, methods_order)
+    if not found:
+        raise LowraError(f"There are no records to show in {folder}; run something first: python -m lowra.run --help.")
+    drawn = _figures(found, folder, figures)
+    _parquet(found, folder)
+    title = " and ".join(dict.fromkeys(f"{view.title} (source={view.source})" for view in found))
+    parts = [f"# {markdown_text(title)}"]
+    for view in found:
+        table = tables.main_table(view)
+        if len(found) > 1:
+            parts.append(f"## {markdown_text(view.heading)}")
+        parts += [markdown_caption(view.caption), tables.markdown(table)]
+    explained = tables.legend(found)
+    parts.append(markdown_text(explained))
+    for view in found:
+        if len(found) > 1:
+            parts.append(f"## {markdown_text(view.heading)}: figures, types, depths")
+        parts += [f"![{name}]({name}.png)" for name in drawn[view.slug]]
+        for by, heading in (("layer_type", "By layer type"), ("depth", "By depth")):
+            level = "###" if len(found) > 1 else "##"
+            parts += [f"{level} {heading}", "Mean W-Error.", tables.markdown(tables.breakdown(view, by))]
+    parts += ["## Where the records came from", tables.markdown(tables.provenance(found))]
+    write_text(folder / "table.md", "\n\n".join(parts) + "\n")
+    write_text(folder / "table.csv", tables.csv(found))
+    write_text(
+        folder / "table.tex",
+        "% needs \\usepackage{booktabs}\n"
+        + "\n".join(tables.latex(tables.main_table(v), v.caption, slug(v.heading).lower()) for v in found),
+    )
+    files = "table.md (.tex, .csv), layers.parquet, trials.parquet"
+    return f"{_terminal(found)}\nWritten to {folder}: {files}."
+
+
+def text(records: Records, *, methods_order: Sequence[str] | None = None) -> str:
+    """The same for the terminal alone: tables, what they mean, and which records came from where."""
+    from lowra.reporting import tables
+    from lowra.reporting.views import views
+
+    found = views(records, methods_order)
+    return f"{_terminal(found)}\n\nWhere the records came from:\n\n{tables.plain(tables.provenance(found))}"
+
+
+def _terminal(found: Sequence[View]) -> str:
+    from lowra.reporting import tables
+
+    parts = [part for view in found for part in (view.caption.replace("**", ""), tables.plain(tables.main_table(view)))]
+    return "\n\n".join(["", *parts, tables.legend(found)])
+
+
+def _figures(found: Sequence[View], folder: Path, wanted: bool) -> dict[str, list[str]]:
+    """Draw the figures of each view; those an earlier state left and this one does not have are removed."""
+    drawn: dict[str, list[str]] = {view.slug: [] for view in found}
+    kept = set()
+    if wanted:
+        from lowra.reporting.figures import FIGURES, save
+
+        for view in found:
+            for name, draw in FIGURES.items():
+                stem = f"{name}_{view.slug}" if view.slug else name
+                paths = save(draw, [view], folder / stem)
+                kept |= set(paths)
+                if paths:
+                    drawn[view.slug].append(stem)
+    for name in ("cumulative", "by_models", "semantic_by_models", "predicted"):
+        for kind in ("png", "svg"):
+            for path in [folder / f"{name}.{kind}", *folder.glob(f"{name}_*.{kind}")]:
+                if path not in kept:
+                    path.unlink(missing_ok=True)
+    return drawn
+
+
+def _parquet(found: Sequence[View], folder: Path) -> None:
+    """The three tidy tables: layers, trials, history."""
+    import pandas as pd
+
+    extra = ["row", "draw"]
+    for name in ("layers", "trials", "history"):
+        frames = [getattr(view, name) for view in found]
+        frames = [frame for frame in frames if len(frame)]
+        path = folder / f"{name}.parquet"
+        if frames:
+            table = pd.concat(frames, ignore_index=True)
+            write_frame(table.drop(columns=[c for c in extra if c in table]), path)
+        elif name == "history":
+            path.unlink(missing_ok=True)
+
+
+def write_frame(table: pd.DataFrame, path: Path) -> None:
+    """Write a frame as parquet; a column of several types (a method's own statistics) becomes text."""
+    from lowra.reporting.files import replacing
+
+    for column in table.columns:
+        if table[column].dtype == object and not column.startswith(("models", "weights")):
+            kinds = {type(value) for value in table[column] if value is not None and value == value}
+            if len(kinds) > 1:
+                table = table.assign(**{column: table[column].map(lambda v: v if v is None or v != v else str(v))})
+    with replacing(path) as temporary:
+        table.to_parquet(temporary, index=False)

@@ -1,8 +1,15 @@
-"""Figures from records, for where people would rather look than read."""
+"""Figures from records, for where people would rather look than read. Each is a PNG and an SVG.
+
+One style: eight colours that the colour-blind tell apart (Okabe and Ito) with line styles and markers of their own, so
+that a print in grey can be read; legends above the axes, off the curves; no mathtext, so that any name can be shown.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,97 +18,264 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lowra.metrics.weight_error import EXACT
-from lowra.reporting.results import Results
+from lowra.reporting.escape import plot_text
+from lowra.reporting.files import replacing
+from lowra.reporting.numbers import number
+from lowra.reporting.views import View
 
-_STYLE: Any = {"figure.dpi": 130, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+STYLE: Any = {
+    "figure.dpi": 130,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.usetex": False,
+    "axes.formatter.use_mathtext": False,
+    "axes.unicode_minus": True,
+    "svg.hashsalt": "lowra",  # equal figures give equal bytes
+    "svg.fonttype": "path",
+}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
+MARKERS = "osD^vP*X"
+FORMATS = ("png", "svg")
+WIDTH = 6.0  # inches
+PART = "mean of part of the draws: layers of the others failed"
 
-
-def _save(path: Path) -> Path:
-    plt.tight_layout()
-    temporary = path.with_name(f".{path.name}")
-    plt.savefig(temporary, format="png")
-    plt.close()
-    temporary.replace(path)
-    return path
-
-
-def _mark(results: Results) -> str:
-    return f"{results.title}, source={results.run['source']}"
-
-
-def cumulative(results: Results, path: Path) -> Path:
-    """The share of layers a method recovers to a given W-Error or better (the form of Fig. 6), for the largest n."""
-    n = results.layers["n_loras"].max()
-    plt.figure(figsize=(6, 3.2))
-    for method in results.methods:
-        chosen = results.layers[(results.layers["method"] == method) & (results.layers["n_loras"] == n)]
-        errors = np.sort(chosen["w_error"].dropna().to_numpy())
-        if len(errors):
-            plt.step(
-                errors, 100 * np.arange(1, len(errors) + 1) / len(errors), where="post", label=results.pretty(method)
-            )
-    plt.xlabel("W-Error of a layer (log10 MSE; further left is better)")
-    plt.ylabel("layers at least this good (%)")
-    plt.title(f"{_mark(results)}, n = {n}")
-    plt.legend(frameon=False)
-    return _save(path)
+Draw = Callable[[Sequence[View]], "Figure | None"]
 
 
-def by_models(results: Results, path: Path) -> Path | None:
+def look(i: int) -> dict[str, Any]:
+    """Colour, line style and marker of the i-th row of a view; after eight the combinations go on changing."""
+    turn = i // len(COLOURS)
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "linestyle": LINES[(i + turn) % len(LINES)],
+        "marker": MARKERS[(i + 3 * turn) % len(MARKERS)],
+    }
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Matplotlib's settings for every figure and grid of the project, put back afterwards."""
+    with plt.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in another script is drawn as boxes
+        yield
+
+
+def _figure(height: float, title: str, columns: int = 1) -> tuple[Figure, Any]:
+    figure, axes = plt.subplots(1, columns, figsize=(WIDTH, height), layout="constrained", squeeze=False)
+    figure.suptitle(plot_text(title, 90), fontsize=9)
+    return figure, axes[0] if columns > 1 else axes[0, 0]
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """The legend in a strip of its own below the axes."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    # Error bars come after lines in matplotlib's own order; the note on hollow points goes last.
+    entries = sorted(zip(handles, labels, strict=True), key=lambda entry: entry[1] == PART)
+    handles, labels = [handle for handle, _ in entries], [label for _, label in entries]
+    wide = max(map(len, labels)) > 34
+    figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(labels) / (1 if wide else 2)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=1 if wide else min(len(labels), 2), frameon=False)
+
+
+def _count_axis(axes: Axes, values: Sequence[int]) -> None:
+    """Ticks at the numbers of models there are, and nowhere else."""
+    axes.set_xticks(sorted(set(map(int, values))))
+    axes.set_xlabel("number of LoRA models n")
+
+
+def cumulative(views: Sequence[View]) -> Figure | None:
+    """Share of layers a method recovers to a given W-Error or better (the form of Fig. 6), for the largest n.
+
+    Every layer of every draw counts: one that failed or came out infinite lifts no step, so the curve ends below 100%.
+    """
+    view = views[0]
+    n = int(view.layers["n_loras"].max())
+    chosen = view.at(n)
+    figure, axes = _figure(3.0, f"{view.heading}, n = {n}")
+    finite = chosen.layers["w_error"].replace([np.inf, -np.inf], np.nan)
+    if finite.notna().sum() == 0:
+        plt.close(figure)
+        return None
+    low, high = finite.min(), finite.max()
+    margin = max(0.03 * (high - low), 0.2)
+    for i, row in enumerate(view.rows):
+        mine = chosen.layers[chosen.layers["row"] == row]
+        if mine.empty:
+            continue
+        errors = np.sort(mine["w_error"].replace([np.inf, -np.inf], np.nan).dropna().to_numpy(float))
+        lost = len(mine) - len(errors)
+        label = plot_text(row) + (f" ({lost} of {len(mine)} layers failed)" if lost else "")
+        shares = 100 * np.arange(1, len(errors) + 1) / len(mine)
+        x = np.concatenate([[low - margin], errors, [high + margin]])
+        y = np.concatenate([[0], shares, [shares[-1] if len(shares) else 0]])
+        looks = look(i)
+        axes.step(x, y, where="post", label=label, markevery=(i % 4, max(1, len(x) // 6)), ms=4, **looks)
+    axes.set(xlim=(low - margin, high + margin), ylim=(0, 103))
+    axes.set_xlabel("W-Error of a layer (log10 MSE; further left is better)")
+    axes.set_ylabel("layers at least this good (%)")
+    _legend(figure, axes)
+    return figure
+
+
+def _against_models(figure: Figure, axes: Axes, view: View, column: str, name: Callable[[str], str]) -> None:
+    failed_points = False
+    for i, row in enumerate(view.rows):
+        mine = view.trials[view.trials["row"] == row]
+        groups = mine.groupby("n_loras")[column]
+        mean, deviation = groups.mean(), groups.std().fillna(0)
+        looks = look(i)
+        axes.errorbar(mean.index, mean, deviation, ms=4, capsize=2, elinewidth=0.8, label=name(row), **looks)
+        holes = mean[groups.apply(lambda values: values.isna().any()) & mean.notna()]
+        if len(holes):
+            failed_points = True
+            axes.plot(holes.index, holes, looks["marker"], ms=5, mfc="white", mec=looks["color"], zorder=5)
+    _count_axis(axes, view.trials["n_loras"])
+    if failed_points:
+        axes.plot([], [], "o", mfc="white", mec="black", label=PART)
+
+
+def by_models(views: Sequence[View]) -> Figure | None:
     """W-Error against the number of models (the form of Fig. 7); None without a sweep."""
-    if results.trials["n_loras"].nunique() < 2:
+    view = views[0]
+    if view.trials["n_loras"].nunique() < 2 or view.trials["w_error"].notna().sum() == 0:
         return None
-    plt.figure(figsize=(6, 3.2))
-    for method in results.methods:
-        groups = results.trials[results.trials["method"] == method].groupby("n_loras")["w_error"]
-        plt.errorbar(
-            groups.mean().index,
-            groups.mean(),
-            groups.std().fillna(0),
-            marker="o",
-            ms=3,
-            capsize=2,
-            label=results.pretty(method),
-        )
-    plt.xlabel("number of LoRA models n")
-    plt.ylabel("W-Error (log10 MSE)")
-    plt.title(_mark(results))
-    plt.legend(frameon=False)
-    return _save(path)
+    figure, axes = _figure(3.0, view.heading)
+    _against_models(figure, axes, view, "w_error", plot_text)
+    axes.set_ylabel("W-Error (log10 MSE)")
+    _legend(figure, axes)
+    return figure
 
 
-def predicted(results: Results, path: Path) -> Path | None:
+def semantic_by_models(views: Sequence[View]) -> Figure | None:
+    """Semantic score against the number of models (the form of Figs. 8 to 11); None without a sweep or scores."""
+    view = views[0]
+    scored = [c for c in view.columns if view.trials.loc[view.trials[c].notna(), "n_loras"].nunique() > 1]
+    if not scored:
+        return None
+    figure, axes = _figure(3.0, view.heading, len(scored))
+    for panel, column in zip(np.atleast_1d(axes), scored, strict=True):
+        _against_models(figure, panel, view, column, plot_text)
+        panel.set_ylabel(plot_text(view.columns[column]))
+    _legend(figure, np.atleast_1d(axes)[0])
+    return figure
+
+
+def predicted(views: Sequence[View]) -> Figure | None:
     """A method's own predicted W-Error against the true one; None where no method predicts."""
+    view = views[0]
     column = "stat_predicted_w_error"
-    if column not in results.layers or results.layers[column].dropna().empty:
+    if column not in view.layers:
         return None
-    plt.figure(figsize=(4, 4))
-    known = results.layers[results.layers[column].notna()]
-    for method, chosen in known.groupby("method"):
-        plt.scatter(chosen[column], chosen["w_error"], s=6, alpha=0.5, label=results.pretty(str(method)))
+    known = view.layers[["row", column, "w_error"]].copy()
+    known[column] = pd.to_numeric(known[column], errors="coerce")
+    known = known.replace([np.inf, -np.inf], np.nan).dropna()
+    if known.empty:
+        return None
+    figure, axes = _figure(4.4, view.heading)
+    for i, row in enumerate(view.rows):
+        chosen = known[known["row"] == row]
+        if len(chosen):
+            looks = look(i)
+            axes.plot(
+                chosen[column],
+                chosen["w_error"],
+                looks["marker"],
+                ms=3,
+                alpha=0.5,
+                color=looks["color"],
+                label=plot_text(row),
+            )
     both = known[[column, "w_error"]].replace(EXACT, np.nan)  # an exact layer has no error to predict
     low, high = both.min().min() - 0.5, both.max().max() + 0.5
-    plt.plot([low, high], [low, high], lw=0.8, color="grey")
-    plt.xlim(low, high)
-    plt.ylim(low, high)
-    plt.xlabel("W-Error predicted without the truth,\nbefore the weighted fit and rounding to a grid")
-    plt.ylabel("W-Error")
-    plt.title(_mark(results))
-    plt.legend(frameon=False)
-    return _save(path)
+    exact = int((known["w_error"] <= EXACT).sum())
+    axes.plot([low, high], [low, high], lw=0.8, color="grey")
+    axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    note = f"\n({exact} exactly recovered layers are below the axes)" if exact else ""
+    axes.set_xlabel("W-Error the method predicts without the truth" + note)
+    axes.set_ylabel("W-Error")
+    _legend(figure, axes)
+    return figure
 
 
-FIGURES: dict[str, Callable[[Results, Path], Path | None]] = {
-    "cumulative.png": cumulative,
-    "by_models.png": by_models,
-    "predicted.png": predicted,
+def histogram(views: Sequence[View]) -> Figure | None:
+    """Histogram of the layers' W-Error for one draw (the form of Fig. 4): what the logarithm is for.
+
+    The legend gives each row's MSE (mean of the layers'), W-Error and semantic score. The first draw of the smallest n
+    that all rows have.
+    """
+    view = views[0]
+    n = int(view.layers["n_loras"].min())
+    trial = int(view.trials.loc[view.trials["n_loras"] == n, "trial"].min())
+    chosen = view.at(n).only(trial=[trial])
+    errors = chosen.layers["w_error"].replace([np.inf, -np.inf], np.nan)
+    if errors.notna().sum() == 0:
+        return None
+    figure, axes = _figure(3.0, f"{view.heading}, n = {n}, draw {trial}")
+    bins = np.histogram_bin_edges(errors.dropna(), 40)
+    for i, row in enumerate(view.rows):
+        mine = chosen.layers[chosen.layers["row"] == row]
+        if mine.empty:
+            continue
+        values = mine["w_error"].replace([np.inf, -np.inf], np.nan)
+        scores = chosen.trials[chosen.trials["row"] == row].iloc[0]
+        facts = [f"W-Error {number(values.mean())}", f"MSE {(10**values).mean():.3e}"]
+        facts += [f"{h} {number(scores[c])}" for c, h in view.columns.items() if pd.notna(scores[c])]
+        lost = int(values.isna().sum())
+        facts += [f"{lost} of {len(mine)} layers failed"] if lost else []
+        looks = look(i)
+        axes.hist(
+            values.dropna(),
+            bins,
+            label=f"{plot_text(row, 40)}: " + ", ".join(facts),
+            color=looks["color"],
+            alpha=0.35,
+            histtype="stepfilled",
+            edgecolor=looks["color"],
+            linestyle=looks["linestyle"],
+            linewidth=1.4,
+        )
+    axes.set_xlabel("W-Error of a layer (log10 MSE)")
+    axes.set_ylabel("number of layers")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    _legend(figure, axes)
+    return figure
+
+
+FIGURES: dict[str, Draw] = {
+    "cumulative": cumulative,
+    "by_models": by_models,
+    "semantic_by_models": semantic_by_models,
+    "predicted": predicted,
 }
+"""The figures of every run's folder, each where the records have the numbers for it."""
 
 
-def write_figures(results: Results) -> list[Path]:
-    """Draw every figure the results have the numbers for, into their folder."""
-    with plt.rc_context(_STYLE):
-        made = [draw(results, results.folder / name) for name, draw in FIGURES.items()]
-    return [path for path in made if path]
+def save(draw: Draw, views: Sequence[View], stem: Path) -> list[Path]:
+    """Draw a figure and write `stem`.png and `stem`.svg; [] where the records have no numbers for it."""
+    with style():
+        figure = draw(views)
+        if figure is None:
+            return []
+        paths = []
+        for kind in FORMATS:
+            path = stem.with_name(f"{stem.name}.{kind}")
+            # No date or version in the file: equal figures give equal bytes.
+            metadata: dict[str, Any] = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+            with replacing(path) as temporary:
+                figure.savefig(temporary, format=kind, metadata=metadata)
+            paths.append(path)
+        plt.close(figure)
+        return paths

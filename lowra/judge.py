@@ -1,0 +1,365 @@
+"""The judge: one layer merged, recovered and scored; one recovered model scored.
+
+The attacker's side (`lowra.methods`) gets a stack of merged weights and gives a weight back; everything that knows the
+answer stands here. A layer is read and merged once per draw, its floor computed once, and every method works on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import numbers
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowra.bench.merging import merge, merge_dtype
+from lowra.bench.schema import Layer, LayerTable
+from lowra.code import code_digest, digest, module_of
+from lowra.errors import LowraError
+from lowra.methods import Method, Observation, check_observation, check_recovery
+from lowra.metrics.base import Scorer
+from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
+from lowra.plan import Plan, Task, Variant
+from lowra.records import COORDINATES, LAYER_FIELDS, SCORE, KeptWeights, Store, dumps, key_of, model_digest
+
+# A recovered weight that waits for a metric is kept on disk where recovering it again takes longer than writing it,
+# at this many bytes a second. (One candidate of LoRA FT is one of the merges: nothing is gained by keeping that.)
+DISK_BYTES_PER_SECOND = 2e8
+
+
+class WroteIntoStack(Exception):
+    """A method changed the merged weights it was given."""
+
+
+@dataclass(frozen=True)
+class LayerJudge:
+    """What it takes to merge, recover and score layers; goes to worker processes whole.
+
+    methods: by variant name. digests: whether weights are digested, for metrics that score whole models. keep: where
+    weights are kept for them, None keeps none.
+    """
+
+    table: LayerTable
+    methods: Mapping[str, Method]
+    merge_dtype: str
+    merge_order: str
+    device: str
+    digests: bool
+    keep: KeptWeights | None
+
+    def judge(self, task: Task) -> list[dict[str, Any]]:
+        """One layer of one draw by all the task's variants: the measured part of a record each, in their order."""
+        layer = self.table.read(task.index, task.draw.models)
+        observation = self._observe(layer, task)
+        floor = floor_error(observation.merged.cpu(), layer)
+        measured = []
+        for name in task.variants:
+            found, candidates = self._recover(self.methods[name], observation, layer)
+            if candidates is None and "WroteIntoStack" in found["status"]:
+                observation = self._observe(layer, task)  # nobody else gets what was written
+            if candidates is not None and self.digests:
+                found["weights"] = [self._kept(candidate, found) for candidate in candidates]
+            measured.append(found | {"floor_w_error": floor})
+        return measured
+
+    def weights(self, task: Task) -> list[Tensor]:
+        """The candidates (d, k) of the task's first variant, recovered again. Raises LowraError where it fails."""
+        layer = self.table.read(task.index, task.draw.models)
+        found, candidates = self._recover(self.methods[task.variants[0]], self._observe(layer, task), layer)
+        if candidates is None:
+            raise LowraError(f"Method {task.variants[0]!r} {found['status']} in a layer that it recovered before.")
+        return [candidate.float() for candidate in candidates]
+
+    def _observe(self, layer: Layer, task: Task) -> Observation:
+        dtype = merge_dtype(self.merge_dtype)
+        merged = merge(layer, dtype, self.merge_order).to(self.device)
+        observation = Observation(merged=merged, rank=task.rank, seed=task.seed, storage=dtype)
+        check_observation(observation)
+        return observation
+
+    def _recover(self, method: Method, observation: Observation, layer: Layer) -> tuple[dict[str, Any], Tensor | None]:
+        """Recover and score one layer: (measured fields, candidates (c, d, k) on the CPU or None where it failed)."""
+        before = _state(observation.merged)
+        watched = Watched(layer.weight)
+        started = time.perf_counter()
+        try:
+            recovery = method.recover(replace(observation, watch=watched))
+            if observation.merged.is_cuda:
+                torch.cuda.synchronize(observation.merged.device)
+            seconds = time.perf_counter() - started - watched.seconds
+            candidates = check_recovery(recovery, layer.weight.shape)
+            if _state(observation.merged) != before:
+                raise WroteIntoStack("it wrote into observation.merged, which is everybody's; work on a clone")
+        except (Exception, SystemExit) as error:  # a failed layer is marked, the sweep goes on
+            return _failed(error, time.perf_counter() - started), None
+        errors = [weight_error(candidate, layer.weight) for candidate in candidates]
+        exact = [exact_fraction(candidate, layer.weight) for candidate in candidates]
+        return {
+            "w_error": sum(errors) / len(errors),
+            "exact_fraction": sum(exact) / len(exact),
+            "exact_layer": all(error == EXACT for error in errors),
+            "candidates": len(errors),
+            "seconds": seconds,
+            "status": " ".join(recovery.status.split()),
+            "failed": False,
+            "stats": dumps(recovery.stats),
+            "history": dumps(watched.beside(recovery.history)) if recovery.history else None,
+        }, candidates
+
+    def _kept(self, candidate: Tensor, found: Mapping[str, Any]) -> str:
+        """The digest of a candidate; kept for the metrics where it cannot be had again for less."""
+        weight = candidate.float().contiguous()
+        name = weight_digest(weight)
+        slow = found["seconds"] > found["candidates"] * weight.numel() * weight.element_size() / DISK_BYTES_PER_SECOND
+        if self.keep is not None and slow:
+            self.keep.keep(name, weight)
+        return name
+
+
+@dataclass
+class Watched:
+    """The W-Error of each W that a method shows, in the order shown; what it costs is not the method's time."""
+
+    weight: Tensor
+    errors: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __call__(self, shown: Tensor) -> None:
+        """Take in one W (d, k)."""
+        started = time.perf_counter()
+        self.errors.append(weight_error(shown.detach().cpu(), self.weight))
+        self.seconds += time.perf_counter() - started
+
+    def beside(self, history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+        """A history with a column `w_error`, where as many W were shown as it has steps."""
+        if len(self.errors) != len(history):
+            return [dict(step) for step in history]
+        return [dict(step) | {"w_error": error} for step, error in zip(history, self.errors, strict=True)]
+
+
+def _failed(error: BaseException, seconds: float) -> dict[str, Any]:
+    message = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return {
+        "w_error": math.nan,
+        "exact_fraction": math.nan,
+        "exact_layer": False,
+        "candidates": 0,
+        "seconds": seconds,
+        "status": f"failed: {message}",
+        "failed": True,
+        "stats": "{}",
+        "history": None,
+        "weights": [],
+    }
+
+
+def _state(merged: Tensor) -> tuple[int, int]:
+    """What changes when somebody writes into a tensor: torch's own count of writes, and the sum of its bits.
+
+    Writes through numpy or `.data` are not counted, but change the sum.
+    """
+    version = 0 if merged.is_inference() else merged._version
+    return version, int(merged.view(torch.int32).sum(dtype=torch.int64))
+
+
+def weight_digest(weight: Tensor) -> str:
+    """Sixteen hex digits of a weight's float32 bytes."""
+    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().data).hexdigest()[:16]
+
+
+# ---- Whole models -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelJudge:
+    """Scores recovered models by the run's semantic metrics; base models and reference outputs are loaded once.
+
+    problems: sentences on models that could not be scored.
+    """
+
+    plan: Plan
+    store: Store
+    layers: LayerJudge
+    scorers: dict[str, Scorer] = field(default_factory=dict)
+    fixed: dict[str, dict[str, str]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    shown: dict[str, str] = field(default_factory=dict)
+
+    def score(self, draw: Any, variant: Variant) -> None:
+        """Score what a variant recovered in one draw, unless it is there already."""
+        records = self._records(draw, variant)
+        if records is None:
+            return
+        counts = {record["candidates"] for record in records}
+        if len(counts) > 1:
+            self._problem(f"{variant.label} returned {min(counts)} to {max(counts)} candidates a layer; no one model.")
+            return
+        for candidate in range(counts.pop()):
+            name = model_digest(records, candidate)
+            assert name is not None  # as many digests as candidates (LayerJudge)
+            shown = self.plan.cfg.keep_outputs and draw.trial == 0 and candidate == 0
+            todo = [metric for metric in self.plan.metrics if not self._there(metric, name, shown=shown)]
+            if todo:
+                weights = self._weights(draw, variant, records, candidate)
+                for metric in todo:
+                    self._measure(metric, name, weights, variant, shown=shown)
+        self.store.weights.drop(name for record in records for name in record["weights"])
+
+    def galleries(self) -> list[Path]:
+        """Texts or images of the first draw side by side: the base's, then each variant's (Figs. 2, 3, 14 to 17)."""
+        if not self.plan.cfg.keep_outputs:
+            return []
+        draw = max(self.plan.draws, key=lambda d: (d.n_loras, -d.trial))
+        headings: dict[str, str] = {"reference": "Pre-FT (truth)"}
+        for variant in reversed(self.plan.variants.values()):
+            records = self._records(draw, variant)
+            name = model_digest(records, 0) if records else None
+            if name is not None:  # equal models are one column
+                headings[name] = f"{headings[name]}, {variant.label}" if name in headings else variant.label
+        title = f"{self.plan.cfg.subset.title}, source={self.plan.source.name}, {draw}"
+        if self.plan.cfg.merge.dtype != "float32":
+            title += f", merges in {self.plan.cfg.merge.dtype}"
+        made = []
+        for name, metric in self.plan.metrics.items():
+            try:
+                made += metric.gallery(self._artifacts(name), headings, self.plan.folder, title)
+            except LowraError as error:  # records of an earlier run may have kept no outputs; the tables are there
+                self.problems.append(f"No outputs side by side: {error}")
+        return made
+
+    def close(self) -> None:
+        """Delete outputs of models that are not shown."""
+        import shutil
+
+        for name in self.plan.metrics:
+            shutil.rmtree(self._artifacts(name) / self._scratch, ignore_errors=True)
+
+    @property
+    def _scratch(self) -> str:
+        return f"scratch-{os.getpid()}"
+
+    def _records(self, draw: Any, variant: Variant) -> list[dict[str, Any]] | None:
+        """A draw's records by a variant, None unless all layers are there and none failed."""
+        found = [self.store.get("layer", self.plan.key(draw, index, variant)) for index in self.plan.layers]
+        if any(record is None or record["failed"] for record in found):
+            return None
+        return [record for record in found if record is not None]
+
+    def _settings(self, metric: str) -> dict[str, str]:
+        """What decides a metric's scores besides the weights: its settings, inputs, base model and code."""
+        if metric not in self.fixed:
+            from lowra.digests import folder_digest
+
+            made = self.plan.metrics[metric]
+            base = str(self.plan.data.base)
+            self.fixed[metric] = {
+                "settings": json.dumps(_options(self.plan, metric), sort_keys=True, default=str),
+                "inputs": made.inputs(self.plan.data.evaluation),
+                "base": folder_digest(Path(base)) if Path(base).is_dir() else base,
+                "code": code_digest(module_of(made)),
+            }
+        return self.fixed[metric]
+
+    def _key(self, metric: str, model: str) -> str:
+        settings = self._settings(metric)
+        return key_of({"metric": metric, "model": model, "device": self.plan.device.type, **settings})
+
+    def _artifacts(self, metric: str) -> Path:
+        settings = self._settings(metric)
+        return self.plan.folder / "outputs" / f"{metric}-{digest(dumps(settings))[:8]}"
+
+    def _there(self, metric: str, model: str, *, shown: bool) -> bool:
+        """Whether a model is scored, and its outputs are there where they are to be shown."""
+        kept = not shown or any(self._artifacts(metric).glob(f"{model}*"))
+        if not self.store.done(SCORE, self._key(metric, model)):
+            self.store.refresh()
+        return kept and self.store.done(SCORE, self._key(metric, model))
+
+    def _weights(
+        self, draw: Any, variant: Variant, records: Sequence[Mapping[str, Any]], candidate: int
+    ) -> dict[tuple[str, str], Tensor]:
+        """A recovered model's weights: those kept, or else recovered again."""
+        weights = {}
+        for index, record in zip(self.plan.layers, records, strict=True):
+            info = self.plan.info(index)
+            weight = self.store.weights.get(record["weights"][candidate])
+            if weight is None:
+                plan = self.plan
+                task = Task(draw, index, (variant.name,), plan.seed(draw, index), plan.granted(draw, index))
+                weight = self.layers.weights(task)[candidate]
+            weights[info.model, info.name] = weight
+        return weights
+
+    def _measure(
+        self, metric: str, model: str, weights: Mapping[tuple[str, str], Tensor], variant: Variant, *, shown: bool
+    ) -> None:
+        made = self.plan.metrics[metric]
+        try:
+            if metric not in self.scorers:
+                artifacts = self._artifacts(metric)
+                data = self.plan.data
+                self.scorers[metric] = made.scorer(data.base, data.evaluation, self.plan.device, artifacts)
+            values = _numbers(self.scorers[metric].score(weights, model if shown else f"{self._scratch}/{model}"))
+        except LowraError:
+            raise
+        except (Exception, SystemExit) as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            self._problem(f"Metric {metric!r} failed on {variant.label}: {text}")
+            return
+        settings = self._settings(metric)
+        self.store.append(
+            {
+                "kind": SCORE,
+                "key": self._key(metric, model),
+                "metric": metric,
+                "heading": made.pretty,
+                "column": made.column,
+                "settings": settings["settings"],
+                "inputs": settings["inputs"],
+                "base": settings["base"],
+                "values": dumps(values),
+                "weights": [model],
+            }
+        )
+
+    def _problem(self, sentence: str) -> None:
+        if sentence not in self.problems:
+            self.problems.append(sentence)
+
+
+def _options(plan: Plan, metric: str) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    options = OmegaConf.to_container(plan.cfg.metrics[metric], resolve=True)
+    assert isinstance(options, dict)
+    return {str(name): value for name, value in options.items()}
+
+
+_RESERVED = {*LAYER_FIELDS, *COORDINATES, "exact_layers", "failed_layers", "layers", "w_error_layer_std"}
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    """A scorer's answer as columns of numbers; raises TypeError or ValueError for anything else."""
+    if not isinstance(values, Mapping) or not values:
+        raise TypeError(f"score returned a {type(values).__name__}; expected a dict of numbers by column")
+    if taken := sorted(set(values) & _RESERVED):
+        raise ValueError(f"score returned {taken[0]!r}, which is a column of the benchmark's own; name it otherwise")
+    for name, value in values.items():
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise TypeError(f"score returned {name!r}: {type(value).__name__}; expected a number")
+    return {str(name): float(value) for name, value in values.items()}
+
+
+def complete(plan: Plan, store: Store, draw: Any, variants: Sequence[Variant]) -> Iterator[Variant]:
+    """The variants whose records of a draw are all there."""
+    for variant in variants:
+        if all(store.get("layer", plan.key(draw, index, variant)) is not None for index in plan.layers):
+            yield variant

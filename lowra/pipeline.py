@@ -1,0 +1,184 @@
+"""What a run does, step by step, with the parts the other modules make; `lowra.run` is its command."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from lowra import plan as planning
+from lowra import pool, reporting
+from lowra.bench.draws import Draw
+from lowra.errors import LowraError
+from lowra.judge import LayerJudge, ModelJudge
+from lowra.plan import Plan, Task, in_shard, shard_of
+from lowra.records import LAYER, Store, read
+
+REFRESH_SECONDS = 2.0  # between looks at what other processes have finished
+TABLES_SECONDS = 2.0  # at least so long between two writings of the tables while a run is under way
+
+
+@dataclass
+class Outcome:
+    """How a run ended. failures: sentences; a run with any of them ends with exit status 1."""
+
+    folder: Path
+    failures: list[str] = field(default_factory=list)
+
+
+def run(cfg: DictConfig) -> Outcome:
+    """Run a configuration to its end (see `lowra.run.run`)."""
+    plan = planning.prepare(cfg)
+    store = Store(plan.folder)
+    store.refresh()
+    keys = set(plan.keys())
+    done = sum(store.done(LAYER, key) for key in keys)
+    if done:
+        print(f"{done} of {len(keys)} recovered layers are there from an earlier run.", file=sys.stderr)
+    jobs, threads = workers(plan, len(keys) - done)
+    store.open(plan.context(jobs, threads))
+    weights = store.weights if plan.metrics else None
+    judge = LayerJudge(
+        table=plan.data.table,
+        methods={name: variant.method for name, variant in plan.variants.items()},
+        merge_dtype=cfg.merge.dtype,
+        merge_order=cfg.merge.order,
+        device=str(plan.device),
+        digests=plan.data.base is not None,
+        keep=weights,
+    )
+    outcome = Outcome(plan.folder)
+    models = ModelJudge(plan, store, judge)
+    shard = shard_of(cfg.shard)
+    try:
+        recover(plan, store, judge, models, jobs, threads, outcome)
+    finally:
+        models.close()
+        store.close()
+    outcome.failures += models.problems
+    if shard:
+        print(f"Shard {cfg.shard} is done; the command without shard= makes the tables. Records: {store.place}")
+    else:
+        models.galleries()
+        outcome.failures += [p for p in models.problems if p not in outcome.failures]
+        print(report(plan, store, figures=True))
+    for sentence in outcome.failures:
+        print(sentence, file=sys.stderr)
+    return outcome
+
+
+def workers(plan: Plan, records: int) -> tuple[int, int]:
+    """Processes, and threads of each."""
+    cores = planning.cores()
+    if plan.cfg.jobs is not None:
+        jobs = int(plan.cfg.jobs)
+    else:
+        largest = max(plan.info(index).d * plan.info(index).k for index in plan.layers)
+        models = max(draw.n_loras for draw in plan.draws)
+        tasks = records // len(plan.variants)
+        # The stack, float64 copies of a layer in the judge, and the workspaces of a method: measured at 8 layers.
+        jobs = pool.choose_jobs(tasks, cores, 4 * largest * (2 * models + 8), plan.device.type)
+    return jobs, max(1, cores // jobs)
+
+
+def recover(
+    plan: Plan, store: Store, judge: LayerJudge, models: ModelJudge, jobs: int, threads: int, outcome: Outcome
+) -> None:
+    """Recover all layers that are not there, and score each draw's models when its layers are all there."""
+    active = list(plan.variants)
+    mine = shares(plan)
+    remaining = dict.fromkeys(plan.draws, 0)
+    todo: list[Task] = []
+    for draw in plan.draws:
+        tasks = [task for task in plan.tasks(store, draw, active) if mine is None or (draw, task.index) in mine]
+        remaining[draw] = len(tasks)
+        todo += tasks
+    written = time.monotonic() - TABLES_SECONDS + 0.5
+    interval = 0.1 if sys.stderr.isatty() else 30  # a log file wants a line now and then, not ten a second
+    total = sum(len(task.variants) for task in todo)
+    finished = [draw for draw in plan.draws if not remaining[draw]]
+    with tqdm(total=total, unit="layer", disable=not todo, dynamic_ncols=True, mininterval=interval) as bar:
+        for draw in finished:
+            score(plan, models, draw, mine is not None)
+        for task, measured in pool.run(judge.judge, still_open(plan, store, todo, active, bar), jobs, threads):
+            bar.set_description(str(task.draw), refresh=False)
+            for name, found in zip(task.variants, measured, strict=True):
+                record = store.append(plan.coordinates(task.draw, task.index, plan.variants[name]) | found)
+                if record["failed"]:
+                    told(record, outcome)
+            bar.update(len(task.variants))
+            remaining[task.draw] -= 1
+            if not remaining[task.draw]:
+                drop_hopeless(plan, store, task.draw, active)
+                score(plan, models, task.draw, mine is not None)
+                if mine is None and time.monotonic() - written > TABLES_SECONDS:
+                    report(plan, store, figures=False)
+                    written = time.monotonic()
+    store.refresh()
+    for draw in plan.draws:  # what other processes finished of draws that were not ours to score
+        if mine is None:
+            score(plan, models, draw, False)
+
+
+def shares(plan: Plan) -> set[tuple[Draw, int]] | None:
+    """The (draw, layer) pairs of the shard asked for; None where the run is whole."""
+    shard = shard_of(plan.cfg.shard)
+    if shard is None:
+        return None
+    pairs = [(draw, index) for draw in plan.draws for index in plan.layers]
+    sizes = [float(plan.info(index).d * plan.info(index).k * draw.n_loras) for draw, index in pairs]
+    chosen = in_shard(pairs, sizes, shard)
+    return {pair for position, pair in enumerate(pairs) if position in chosen}
+
+
+def still_open(plan: Plan, store: Store, todo: Sequence[Task], active: Sequence[str], bar: Any) -> Iterator[Task]:
+    """The tasks that nobody has finished meanwhile, of variants that are still tried."""
+    looked = time.monotonic()
+    for task in todo:
+        if time.monotonic() - looked > REFRESH_SECONDS:
+            store.refresh()
+            looked = time.monotonic()
+        names = tuple(
+            name
+            for name in task.variants
+            if name in active and not store.done(LAYER, plan.key(task.draw, task.index, plan.variants[name]))
+        )
+        yield Task(task.draw, task.index, names, task.seed, task.rank)
+
+
+def score(plan: Plan, models: ModelJudge, draw: Draw, sharded: bool) -> None:
+    """Score a draw's recovered models, where the run has metrics and is whole."""
+    if plan.metrics and not sharded:
+        for variant in plan.variants.values():
+            models.score(draw, variant)
+
+
+def told(record: dict[str, Any], outcome: Outcome) -> None:
+    """Keep the first error of each variant, to be printed at the end."""
+    sentence = f"{record['label']} failed, first on {record['layer_name']}: {record['status'].removeprefix('failed: ')}"
+    if not any(known.startswith(f"{record['label']} failed, first on") for known in outcome.failures):
+        outcome.failures.append(sentence)
+
+
+def drop_hopeless(plan: Plan, store: Store, draw: Draw, active: list[str]) -> None:
+    """Try a method no further that failed on every layer of a draw."""
+    for name in list(active):
+        records = [store.get(LAYER, plan.key(draw, index, plan.variants[name])) for index in plan.layers]
+        if all(record is not None and record["failed"] for record in records):
+            active.remove(name)
+
+
+def report(plan: Plan, store: Store, *, figures: bool) -> str:
+    """Write the tables (and figures) of the run's folder; returns the text for the terminal."""
+    try:
+        records = read([plan.folder], set(plan.keys()))
+    except LowraError:
+        return ""
+    order = [variant.label for variant in plan.variants.values()]
+    return reporting.write(records, plan.folder, methods_order=order, figures=figures)

@@ -1,0 +1,507 @@
+"""The plan of a run: settings checked and work listed, before anything is built, recovered or written."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import lowra
+from lowra.bench import draws as drawing
+from lowra.bench.merging import ORDERS, merge_dtype
+from lowra.bench.names import depths, layer_type
+from lowra.bench.schema import LayerInfo
+from lowra.code import code_digest, digest, module_of
+from lowra.errors import LowraError, unknown
+from lowra.methods import Method, as_method
+from lowra.metrics.base import Metric
+from lowra.paths import conf_dir
+from lowra.records import Store, key_of
+
+PACKAGES = ("torch", "transformers", "diffusers", "peft", "trl", "datasets", "sentence-transformers", "lpips", "numpy")
+MAX_TRIALS = 10_000  # more draws than any table needs; a slip of the finger would list for hours
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One method with its options: a row of the tables.
+
+    name: its key in the configuration. label: its name in tables, with what differs from the shipped options in
+    brackets. options: what its config says. key: a digest of target, options and code.
+    """
+
+    name: str
+    method: Method
+    label: str
+    options: dict[str, Any]
+    key: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One layer of one draw, and the variants that have still to recover it: what a process works on at a time.
+
+    seed: of the observation. rank: the granted rank, None where the setting withholds it.
+    """
+
+    draw: drawing.Draw
+    index: int
+    variants: tuple[str, ...]
+    seed: int
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, checked and opened.
+
+    layers: positions in the table. depths: of all layers of the table. fingerprint: of the data. folder: where the
+    run's records go. judge_code: digest of the code that merges and scores weights.
+    """
+
+    cfg: DictConfig
+    variants: dict[str, Variant]
+    metrics: dict[str, Metric]
+    source: Any
+    data: Any
+    fingerprint: str
+    layers: tuple[int, ...]
+    depths: tuple[int, ...]
+    draws: tuple[drawing.Draw, ...]
+    device: torch.device
+    folder: Path
+    judge_code: str
+
+    def info(self, index: int) -> LayerInfo:
+        """What is known of a layer without reading it."""
+        info: LayerInfo = self.data.table.infos[index]
+        return info
+
+    def seed(self, draw: drawing.Draw, index: int) -> int:
+        """The seed of a layer's observation: the same for every method."""
+        return ((self.cfg.seed * 1_000_003 + draw.trial) * 1_000_003 + index) % 2**63
+
+    def rank(self, draw: drawing.Draw, index: int) -> int:
+        """The largest rank among a draw's updates of a layer: what the paper's attacker is told."""
+        ranks = self.info(index).ranks
+        return max(ranks[model] for model in draw.models)
+
+    def granted(self, draw: drawing.Draw, index: int) -> int | None:
+        """The rank the setting grants, or None."""
+        return self.rank(draw, index) if self.cfg.knows_rank else None
+
+    def key(self, draw: drawing.Draw, index: int, variant: Variant) -> str:
+        """The key of a record: all that decides its numbers and nothing else."""
+        return key_of(
+            {
+                "data": self.fingerprint,
+                "layer": self.info(index).label,
+                "models": draw.models,
+                "seed": self.seed(draw, index),
+                "merge": [self.cfg.merge.dtype, self.cfg.merge.order],
+                "rank": self.granted(draw, index),
+                "variant": variant.key,
+                "judge": self.judge_code,
+                "device": self.device.type,
+            }
+        )
+
+    def keys(self) -> Iterator[str]:
+        """The keys of all records the run was asked for."""
+        for draw in self.draws:
+            for index in self.layers:
+                for variant in self.variants.values():
+                    yield self.key(draw, index, variant)
+
+    def tasks(self, store: Store, draw: drawing.Draw, names: Sequence[str]) -> Iterator[Task]:
+        """The layers of a draw that lack a record of one of the named variants."""
+        for index in self.layers:
+            lacking = tuple(n for n in names if not store.done("layer", self.key(draw, index, self.variants[n])))
+            if lacking:
+                yield Task(draw, index, lacking, self.seed(draw, index), self.granted(draw, index))
+
+    def coordinates(self, draw: drawing.Draw, index: int, variant: Variant) -> dict[str, Any]:
+        """What a record says besides what was measured: where it belongs."""
+        cfg, info = self.cfg, self.info(index)
+        return {
+            "kind": "layer",
+            "key": self.key(draw, index, variant),
+            "subset": cfg.subset.name,
+            "source": self.source.name,
+            "data": self.fingerprint,
+            "n_loras": draw.n_loras,
+            "trial": draw.trial,
+            "models": list(draw.models),
+            "seed": cfg.seed,
+            "variant": variant.key,
+            "method": variant.name,
+            "pretty": variant.method.pretty,
+            "label": variant.label,
+            "reference": variant.method.reference,
+            "options": json.dumps(variant.options, sort_keys=True, default=str),
+            "merge_dtype": cfg.merge.dtype,
+            "merge_order": cfg.merge.order,
+            "knows_rank": cfg.knows_rank,
+            "device": self.device.type,
+            "layer_model": info.model,
+            "layer_name": info.name,
+            "layer_type": layer_type(info.name),
+            "depth": self.depths[index],
+            "d": info.d,
+            "k": info.k,
+            "rank": self.rank(draw, index),
+        }
+
+    def context(self, jobs: int, threads: int) -> dict[str, Any]:
+        """What one needs to know to trust or repeat the records of this process."""
+        cfg = self.cfg
+        return {
+            "command": " ".join(["python -m lowra.run", *map(_without_folders, sys.argv[1:])]),
+            "config": _portable(OmegaConf.to_container(cfg, resolve=True)),
+            "title": cfg.subset.title,
+            "kind": cfg.subset.get("kind"),
+            "caption": self.source.caption,
+            "note": cfg.note,
+            "models": list(self.data.table.model_names),
+            "build": _portable(self.data.report),
+            "versions": {"lowra": lowra.__version__, "python": sys.version.split()[0]} | versions(),
+            "machine": machine(),
+            "jobs": jobs,
+            "threads": threads,
+            "device": str(self.device),
+        }
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of the packages that decide numbers."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # an extra that is not installed
+            continue
+    return found
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    """What a reader of timings wants to know of the computer."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"processor": name, "cores": cores(), "system": platform.system(), "gpus": gpus}
+
+
+def cores() -> int:
+    """The processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _portable(value: Any) -> Any:
+    """A configuration without the folders of one machine: where things lay does not matter to anyone else."""
+    if isinstance(value, Mapping):
+        return {str(k): _portable(v) for k, v in value.items() if k not in ("results_dir", "cache_dir")}
+    if isinstance(value, list | tuple):
+        return [_portable(v) for v in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~/")) else value
+
+
+def _without_folders(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return f"{name}{equals}{_portable(value)}" if equals else argument
+
+
+# ---- Settings ---------------------------------------------------------------------------------------------------
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Raise LowraError for settings that cannot work, before anything is built, fetched or written."""
+    for key, kind, name in (
+        ("trials", int, "a whole number"),
+        ("seed", int, "a whole number"),
+        ("knows_rank", bool, "true or false"),
+        ("keep_outputs", bool, "true or false"),
+        ("results_dir", str, "a folder"),
+        ("cache_dir", str, "a folder"),
+    ):
+        value = _value(cfg, key)
+        if type(value) is not kind or value == "":
+            raise LowraError(f"{key} is {value!r}; expected {name}.")
+    for key in ("layers", "note", "shard"):
+        if cfg[key] is not None and not isinstance(cfg[key], str):
+            raise LowraError(f"{key} is {cfg[key]!r}; expected text in quotes, or null.")
+    if cfg.jobs is not None and (type(cfg.jobs) is not int or cfg.jobs < 1):
+        raise LowraError(f"jobs is {cfg.jobs!r}; expected a number of processes, or null to choose by the machine.")
+    if not 1 <= cfg.trials <= MAX_TRIALS:
+        raise LowraError(f"trials is {cfg.trials}; at least 1 draw is needed, and at most {MAX_TRIALS} are listed.")
+    if not isinstance(cfg.get("merge"), DictConfig):
+        raise LowraError(f"merge is {cfg.get('merge')!r}; expected merge.dtype=... and merge.order=....")
+    merge_dtype(cfg.merge.dtype)
+    if cfg.merge.order not in ORDERS:
+        raise unknown("merge.order", cfg.merge.order, ORDERS)
+    for group in ("methods", "metrics"):
+        if cfg.get(group) is not None and not isinstance(cfg[group], DictConfig):
+            raise LowraError(f"{group} is {cfg[group]!r}; expected names of files in conf/{group}, such as {group}=[].")
+        for name, node in (cfg.get(group) or {}).items():
+            if not isinstance(node, DictConfig):
+                raise LowraError(f"{group}.{name} is {node!r}; expected a config with _target_ and its options.")
+    if not cfg.get("methods"):
+        raise LowraError("methods is empty; choose some of the files in conf/methods, such as methods=[mean_lora].")
+    if not n_loras(cfg):
+        raise LowraError("n_loras is empty; expected a whole number, or a list such as [2,3,5].")
+    for n in n_loras(cfg):
+        if type(n) is not int:
+            raise LowraError(f"n_loras is {cfg.n_loras!r}; expected a whole number, or a list such as [2,3,5].")
+        if n < 2:
+            raise LowraError(f"n_loras is {n}; recovery compares models and needs at least 2.")
+    check_device(cfg.device)
+    shard_of(cfg.shard)
+    if cfg.layers is not None:
+        try:
+            re.compile(cfg.layers)
+        except re.error as error:
+            raise LowraError(f"layers={cfg.layers!r} is no regular expression: {error}.") from None
+
+
+def _value(cfg: DictConfig, key: str) -> Any:
+    try:
+        return cfg[key]
+    except OmegaConfBaseException as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LowraError(f"{key} cannot be worked out: {first}.") from None
+
+
+def check_device(name: Any) -> torch.device:
+    """The device of a `device` setting; raises LowraError for one that recovery cannot run on."""
+    known = "cpu, cuda, or one of several GPUs as cuda:1"
+    try:
+        device = torch.device(name if isinstance(name, str) else "")
+    except RuntimeError:
+        raise LowraError(f"device is {name!r}; expected {known}.") from None
+    if device.type not in ("cpu", "cuda"):  # others lack float64, which recovery needs
+        raise LowraError(f"device is {name!r}; expected {known}.")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise LowraError(f"device={name} was asked for, but torch finds no CUDA device; use device=cpu.")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise LowraError(f"device={name} was asked for, but there are {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+def shard_of(text: str | None) -> tuple[int, int] | None:
+    """`i/k` as numbers, None where the run is whole; raises LowraError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise LowraError(f"shard is {text!r}; expected i/k with i from 1 to k, such as shard=1/16.")
+    return int(match[1]), int(match[2])
+
+
+def n_loras(cfg: DictConfig) -> tuple[int, ...]:
+    """The numbers of models to draw: one, or a sweep; each once, in the order given."""
+    value = cfg.n_loras
+    return tuple(dict.fromkeys(value)) if isinstance(value, ListConfig | list) else (value,)
+
+
+# ---- What configs name ------------------------------------------------------------------------------------------
+
+
+def make(node: DictConfig, kind: str, name: str) -> Any:
+    """Instantiate what a config names; a wrong `_target_` or parameter is one sentence."""
+    if "_target_" not in node:
+        raise LowraError(f"The config of {kind} {name!r} has no _target_; name a class or function to import.")
+    try:
+        return instantiate(node, _convert_="object")
+    except LowraError:
+        raise
+    except Exception as error:  # hydra wraps whatever went wrong; its cause says it best
+        cause = error.__cause__ or error
+        if isinstance(cause, LowraError):
+            raise cause from None
+        text = " ".join(str(cause).split())
+        raise LowraError(f"Cannot make {kind} {name!r} from {node['_target_']}: {text}") from error
+
+
+def make_variants(cfg: DictConfig) -> dict[str, Variant]:
+    """The methods of the run with their options, in the order asked for, each under a label of its own.
+
+    A config may say `like: NAME` and only what differs. Raises LowraError for methods that are the same, that cannot
+    be made, or that need the rank where the setting withholds it.
+    """
+    made = {}
+    for name, node in cfg.methods.items():
+        full = _like(cfg, str(name), node)
+        method = as_method(make(full, "method", str(name)), str(name))
+        if method.needs_rank and not cfg.knows_rank:
+            raise LowraError(
+                f"Method {name!r} needs the LoRA rank, which knows_rank=false withholds; drop one of them."
+            )
+        options = _options(full)
+        module = module_of(getattr(method, "function", getattr(method, "target", method)))
+        key = digest(json.dumps([full["_target_"], options, code_digest(module)], sort_keys=True, default=str))
+        shipped = _shipped(cfg, str(full["_target_"]))
+        differing = {k: v for k, v in options.items() if shipped is not None and shipped.get(k, None) != v}
+        made[str(name)] = Variant(str(name), method, _labelled(method.pretty, differing), options, key)
+    return _told_apart(made)
+
+
+def _like(cfg: DictConfig, name: str, node: DictConfig) -> DictConfig:
+    """A method's config, what it inherits from the one it is `like` filled in."""
+    if "like" not in node:
+        return node
+    base = cfg.methods.get(node.like) or _shipped_node(cfg, str(node.like))
+    if base is None or node.like == name:
+        raise unknown("method", node.like, [p.stem for p in (conf_dir() / "methods").glob("*.yaml")])
+    base = _like(cfg, str(node.like), base)
+    own = {k: v for k, v in OmegaConf.to_container(node, resolve=True).items() if k != "like"}  # type: ignore[union-attr]
+    inherited = OmegaConf.to_container(base, resolve=True)
+    if strange := sorted(set(own) - set(inherited)):  # type: ignore[arg-type]
+        raise unknown(f"option of method {node.like!r}", strange[0], [str(k) for k in inherited if k != "_target_"])
+    return OmegaConf.create({**inherited, **own})  # type: ignore[dict-item]
+
+
+def _shipped_node(cfg: DictConfig, name: str) -> DictConfig | None:
+    path = conf_dir() / "methods" / f"{name}.yaml"
+    if not path.is_file():
+        return None
+    whole = OmegaConf.create(OmegaConf.to_container(cfg))
+    whole["methods"] = {name: OmegaConf.load(path)}
+    return whole.methods[name]  # type: ignore[no-any-return]
+
+
+def _options(node: DictConfig) -> dict[str, Any]:
+    options = OmegaConf.to_container(node, resolve=True)
+    return {str(k): v for k, v in options.items() if not str(k).startswith("_")}  # type: ignore[union-attr]
+
+
+def _shipped(cfg: DictConfig, target: str) -> dict[str, Any] | None:
+    """The options that the shipped config of a target has by default, None where there is no such config."""
+    for path in sorted((conf_dir() / "methods").glob("*.yaml")):
+        node = _shipped_node(cfg, path.stem)
+        if node is not None and node.get("_target_") == target:
+            return _options(node)
+    return None
+
+
+def _labelled(pretty: str, options: Mapping[str, Any]) -> str:
+    text = ", ".join(
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()
+    )
+    return f"{pretty} ({text})" if text else pretty
+
+
+def _told_apart(made: dict[str, Variant]) -> dict[str, Variant]:
+    """The variants, those with one label told apart by the options that differ, or else by their names."""
+    result = {}
+    for name, variant in made.items():
+        like = [other for other in made.values() if other.label == variant.label]
+        if same := [other.name for other in like if other.key == variant.key and other.name != name]:
+            raise LowraError(f"Methods {name!r} and {same[0]!r} are the same code with the same options; drop one.")
+        label = variant.label
+        if len(like) > 1:
+            keys = {key for other in like for key in other.options}
+            differ = [key for key in sorted(keys) if len({str(o.options.get(key)) for o in like}) > 1]
+            own = {key: variant.options.get(key) for key in differ}
+            label = _labelled(variant.method.pretty, own) if differ else f"{variant.label} ({name})"
+        result[name] = Variant(name, variant.method, label, variant.options, variant.key)
+    return result
+
+
+def make_metrics(cfg: DictConfig, *, weights_only: bool) -> dict[str, Metric]:
+    """The semantic metrics of the run; raises LowraError for one that cannot score this subset."""
+    metrics = {}
+    for name, node in (cfg.get("metrics") or {}).items():
+        if weights_only:
+            raise LowraError(
+                f"Metric {', '.join(map(str, cfg.metrics))} runs models, but subset={cfg.subset.name} "
+                f"source={cfg.source.name} holds weights only; use metrics=[]."
+            )
+        metric = make(node, "metric", str(name))
+        kind = cfg.subset.get("kind")
+        if kind not in metric.kinds:
+            raise LowraError(
+                f"Metric {name!r} scores models of kind {', '.join(metric.kinds)}, and subset {cfg.subset.name!r} "
+                f"is of kind {kind}; use metrics=[]."
+            )
+        metrics[str(name)] = metric
+    return metrics
+
+
+def choose_layers(infos: Sequence[LayerInfo], pattern: str | None) -> tuple[int, ...]:
+    """The positions of the layers whose label matches; raises LowraError when none does."""
+    chosen = tuple(i for i, info in enumerate(infos) if pattern is None or re.search(pattern, info.label))
+    if not chosen:
+        raise LowraError(f"layers={pattern!r} matches none of {len(infos)} layers, e.g. {infos[0].label!r}.")
+    return chosen
+
+
+def in_shard(tasks: Sequence[tuple[drawing.Draw, int]], sizes: Sequence[float], shard: tuple[int, int]) -> set[int]:
+    """The positions of the (draw, layer) pairs that fall to shard i of k, dealt out evenly by size.
+
+    Which pairs have been done already plays no part, so that resubmitted shards are the same shards.
+    """
+    i, k = shard
+    order = sorted(range(len(tasks)), key=lambda t: (-sizes[t], t))
+    turns = [(turn % k) if (turn // k) % 2 == 0 else k - 1 - turn % k for turn in range(len(order))]
+    return {task for task, turn in zip(order, turns, strict=True) if turn == i - 1}
+
+
+def prepare(cfg: DictConfig) -> Plan:
+    """Check everything, cheapest first; then build or open the data."""
+    check_settings(cfg)
+    # TF32 would cost seven digits of the float32 products that merges and methods rely on.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    variants = make_variants(cfg)
+    source = make(cfg.source, "source", str(cfg.source.name))
+    metrics = make_metrics(cfg, weights_only=source.weights_only)
+    folder = Path(cfg.results_dir).expanduser() / cfg.subset.name / cfg.source.name
+    Store(folder).check_writable()
+    device = check_device(cfg.device)
+    source.check()
+    for metric in metrics.values():
+        metric.ready()
+        if not source.miniature:  # a miniature makes its base and evaluation inputs itself
+            metric.check(str((cfg.get("builder") or {}).get("base") or cfg.subset.base), None, device)
+    data = source.open()
+    table = data.table
+    chosen = [
+        draw
+        for n in n_loras(cfg)
+        for draw in drawing.draws(cfg.subset.name, len(table.model_names), n, cfg.trials, cfg.seed)
+    ]
+    layers = choose_layers(table.infos, cfg.layers)
+    for metric in metrics.values():
+        metric.check(data.base or "", data.evaluation, device)
+    return Plan(
+        cfg=cfg,
+        variants=variants,
+        metrics=metrics,
+        source=source,
+        data=data,
+        fingerprint=table.fingerprint(),
+        layers=layers,
+        depths=depths([(info.model, info.name) for info in table.infos]),
+        draws=tuple(chosen),
+        device=device,
+        folder=folder,
+        judge_code=digest(code_digest("lowra.bench.merging") + code_digest("lowra.metrics.weight_error")),
+    )

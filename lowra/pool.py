@@ -1,0 +1,114 @@
+"""Many processes on one machine: tasks to workers, results back as they come.
+
+joblib's loky starts the workers; each computes on its share of the cores, so that the thread pools of several BLAS
+libraries do not spin against each other. Work and tasks are pickled; results come in the order they are ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+import torch
+
+from lowra.errors import LowraError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# A worker imports torch (some 3 s, 0.4 GB) before its first task: not worth it for less.
+MIN_TASKS = 16
+WORKER_BYTES = 0.5e9
+
+
+def choose_jobs(tasks: int, cores: int, bytes_per_task: float, device: str) -> int:
+    """How many processes to use where nobody says: by the cores, the memory and the size of the tasks.
+
+    bytes_per_task: peak memory of one task. A GPU is used by one process.
+    """
+    import psutil
+
+    if device != "cpu" or tasks < MIN_TASKS:
+        return 1
+    room = psutil.virtual_memory().available * 0.7 / (WORKER_BYTES + bytes_per_task)
+    return max(1, min(cores, tasks, int(room)))
+
+
+def run(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int) -> Iterator[tuple[T, R]]:
+    """Each task with its result, as results come.
+
+    jobs: processes; 1 works in this one. threads: of each. tasks are taken one by one as workers become free.
+    Raises LowraError when a worker is killed, or the work cannot be sent to another process; exceptions of the work
+    come through. Closing the iterator, or an interrupt, stops the workers at once.
+    """
+    if jobs == 1:
+        torch.set_num_threads(threads)
+        for task in tasks:
+            yield task, work(task)
+        return
+    yield from _parallel(work, tasks, jobs, threads)
+
+
+def _parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int) -> Iterator[tuple[T, R]]:
+    import cloudpickle
+    from joblib import Parallel, delayed, parallel_config
+
+    try:
+        sent = cloudpickle.dumps(work)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise LowraError(f"The work cannot be sent to other processes ({error}); use jobs=1.") from None
+    name = f"{os.getpid()}-{time.monotonic_ns()}"
+    with _signals_blocked(), parallel_config(backend="loky", inner_max_num_threads=threads):
+        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch=2 * jobs, batch_size=1)
+        results = pool(delayed(_worker)(name, sent, task, threads) for task in tasks)
+    try:
+        yield from results
+    except BrokenProcessPool:
+        raise LowraError(
+            "A worker process was killed, perhaps for want of memory; what was finished is kept. Start the same "
+            "command again with fewer processes, such as jobs=1."
+        ) from None
+    finally:
+        results.close()  # ends the workers where they are still at work
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Workers started inside never see an interrupt: it is the parent's to answer, which stops them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ---- In a worker ------------------------------------------------------------------------------------------------
+
+_WORK: dict[str, Callable[[Any], Any]] = {}
+
+
+def _worker(name: str, sent: bytes, task: Any, threads: int) -> tuple[Any, Any]:
+    """One task in a worker process; the work is unpickled once."""
+    if name not in _WORK:
+        _WORK.clear()
+        torch.set_num_threads(threads)
+        threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+        _WORK[name] = pickle.loads(sent)
+    return task, _WORK[name](task)
+
+
+def _leave_with_parent(parent: int) -> None:
+    """End this worker when the process that started it is gone, so that a killed run leaves nobody behind."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

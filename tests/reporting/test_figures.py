@@ -1,0 +1,110 @@
+"""Figures: what is drawn, and that nothing in a name, a prompt or a gap of the records stops them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+
+from lowra.reporting import figures
+from lowra.reporting.views import View, views
+from tests.reporting import fakes
+
+
+def only(layers: list[dict[str, object]], score: float | None = 2e-5) -> View:
+    (view,) = views(fakes.records(layers, score))
+    return view
+
+
+def sweep(label: str = "Mine", **changes: object) -> list[dict[str, object]]:
+    return [row for n in (2, 3, 5) for row in fakes.rows("m", label, -5.0 - n, n=n, **changes)]
+
+
+def test_cumulative_ends_below_all_layers_where_some_failed() -> None:
+    layers = fakes.rows("mean_lora", "Mean LoRA", -5.0) + fakes.rows("m", "Mine", -16.0)
+    layers[-1] |= {"failed": True, "w_error": np.nan}
+    layers[-2] |= {"w_error": np.inf}  # a recovery that is not finite counts as one that never arrives
+    figure = figures.cumulative([only(layers)])
+    assert figure is not None
+    whole, part = figure.axes[0].lines
+    assert max(whole.get_ydata()) == 100
+    assert max(part.get_ydata()) == 50
+    assert part.get_label() == "Mine (2 of 4 layers failed)"
+    plt.close(figure)
+
+
+def test_numbers_of_models_have_whole_ticks() -> None:
+    figure = figures.by_models([only(sweep())])
+    assert figure is not None
+    assert list(figure.axes[0].get_xticks()) == [2, 3, 5]
+    plt.close(figure)
+
+
+def test_a_mean_over_part_of_the_draws_is_marked() -> None:
+    layers = sweep()
+    layers[0] |= {"failed": True, "w_error": np.nan}
+    figure = figures.by_models([only(layers)])
+    assert figure is not None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Mine", figures.PART]
+    plt.close(figure)
+
+
+def test_legends_are_off_the_axes(tmp_path: Path) -> None:
+    figure = figures.cumulative([only(sweep())])
+    assert figure is not None
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().y1 <= figure.axes[0].get_window_extent().y0
+    plt.close(figure)
+
+
+def test_rows_are_told_apart_without_colour() -> None:
+    looks = [figures.look(i) for i in range(16)]
+    assert len({(str(each["linestyle"]), each["marker"]) for each in looks}) == 16
+
+
+@pytest.mark.parametrize("name", ["costs $5 and $6", r"\frac{1", "_hidden", "a^b_c$", "x" * 300, "\u4f60\x00"])
+def test_any_name_can_be_drawn(name: str, tmp_path: Path) -> None:
+    layers = sweep(name, stat_predicted_w_error=-9.0, stat_certificate="certified")
+    records = fakes.records(layers, 0.1, c0=fakes.context(title=name, caption=name))
+    (view,) = views(records)
+    for draw in figures.FIGURES.values():
+        paths = figures.save(draw, [view], tmp_path / "figure")
+        assert [path.suffix for path in paths] == [".png", ".svg"]
+    if name == "_hidden":
+        figure = figures.cumulative([view])
+        assert figure is not None
+        assert figure.axes[0].get_legend_handles_labels()[1] == [" _hidden"]  # an underscore alone would hide it
+        plt.close(figure)
+
+
+def test_equal_records_give_equal_files(tmp_path: Path) -> None:
+    view = only(sweep())
+    one = [path.read_bytes() for path in figures.save(figures.by_models, [view], tmp_path / "a")]
+    assert one == [path.read_bytes() for path in figures.save(figures.by_models, [view], tmp_path / "b")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg"]
+
+
+def test_no_numbers_no_figure(tmp_path: Path) -> None:
+    failed = only(fakes.rows("m", "Mine", -5.0, failed=True), score=None)
+    for draw in figures.FIGURES.values():
+        assert figures.save(draw, [failed], tmp_path / "figure") == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_log_says_what_the_mse_does_not() -> None:
+    figure = figures.histogram([only(fakes.rows("m", "Mine", -5.0))])
+    assert figure is not None
+    (label,) = figure.axes[0].get_legend_handles_labels()[1]
+    # Layers at 10^-5 and 10^-6: the mean of the logarithms is -5.5, the mean of the errors 5.5e-6.
+    assert label == "Mine: W-Error -5.500, MSE 5.500e-06, Act.-Dist. 2e-05"
+    plt.close(figure)
+
+
+def test_pictures_are_not_empty(tmp_path: Path) -> None:
+    (png, _) = figures.save(figures.cumulative, [only(sweep())], tmp_path / "c")
+    pixels = np.asarray(Image.open(png).convert("L"))
+    assert (pixels < 128).mean() > 0.005

@@ -1,0 +1,116 @@
+"""Work in other processes: the same results, errors that come through, nobody left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowra import pool
+from lowra.errors import LowraError
+
+
+def square(task: int) -> tuple[int, int, int]:
+    return task * task, os.getpid(), torch.get_num_threads()
+
+
+def test_one_job_works_here() -> None:
+    found = dict(pool.run(square, range(5), 1, 2))
+    assert {task: value[0] for task, value in found.items()} == {i: i * i for i in range(5)}
+    assert {value[1] for value in found.values()} == {os.getpid()}
+
+
+def test_two_jobs_work_elsewhere_with_their_share_of_threads() -> None:
+    taken = []
+
+    def tasks() -> Iterator[int]:
+        for i in range(12):
+            taken.append(i)
+            yield i
+
+    found = {}
+    for task, value in pool.run(square, tasks(), 2, 1):
+        found[task] = value
+        if len(found) == 1:
+            assert len(taken) <= 6  # tasks are taken as workers become free, not all at once
+    assert {task: value[0] for task, value in found.items()} == {i: i * i for i in range(12)}
+    assert os.getpid() not in {value[1] for value in found.values()}
+    assert {value[2] for value in found.values()} == {1}
+
+
+def failing(task: int) -> int:
+    raise LowraError(f"task {task} cannot be done")
+
+
+def test_errors_come_through() -> None:
+    with pytest.raises(LowraError, match="task 0 cannot be done"):
+        list(pool.run(failing, [0], 2, 1))
+
+
+def dying(task: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return task
+
+
+def test_a_killed_worker_is_a_sentence() -> None:
+    with pytest.raises(LowraError, match=r"A worker process was killed.*jobs=1"):
+        list(pool.run(dying, [0, 1], 2, 1))
+
+
+def test_work_that_cannot_be_sent_is_a_sentence() -> None:
+    held = threading.Lock()
+    with pytest.raises(LowraError, match=r"cannot be sent to other processes.*jobs=1"):
+        list(pool.run(lambda task: held, [0], 2, 1))
+
+
+CODE = """
+import os, sys, time
+sys.path.insert(0, {here!r})
+from lowra import pool
+def slow(task):
+    print('worker', os.getpid(), flush=True)
+    time.sleep(60)
+if __name__ == '__main__':
+    for _ in pool.run(slow, range(4), 2, 1):
+        pass
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_leaves_no_workers(tmp_path: Path, number: signal.Signals) -> None:
+    script = tmp_path / "stopped_run.py"
+    script.write_text(CODE.format(here=str(Path(pool.__file__).parents[1])))
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    workers = [int(process.stdout.readline().split()[1]) for _ in range(2)]
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    process.wait(timeout=30)
+    deadline = time.monotonic() + 20
+    while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(worker) for worker in workers)
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_jobs_are_chosen_by_cores_memory_and_work() -> None:
+    assert pool.choose_jobs(100, 2, 1e6, "cpu") == 2
+    assert pool.choose_jobs(pool.MIN_TASKS - 1, 2, 1e6, "cpu") == 1
+    assert pool.choose_jobs(100, 8, 1e15, "cpu") == 1
+    assert pool.choose_jobs(100, 8, 1e6, "cuda") == 1
