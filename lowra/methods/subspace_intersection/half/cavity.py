@@ -15,7 +15,7 @@ from torch import Tensor
 from lowra.methods.subspace_intersection.half.boxes import score_and_curvature
 from lowra.methods.subspace_intersection.half.fit import Factors, Variances, pull, ridge
 from lowra.methods.subspace_intersection.half.held_out import Evidence, evidence
-from lowra.methods.subspace_intersection.half.lattice import Site, decode, settled
+from lowra.methods.subspace_intersection.half.lattice import REACH, Site, decode, settled
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites
 
 # A misfit up to this is chance.
@@ -32,6 +32,12 @@ SHARPEST = 0.01
 
 # Least precision of a site, over that of its cell as a normal error.
 FAINTEST = 0.02
+
+# Largest precision of a site where W is known, over that where it is not.
+CEILING = 12
+
+# A site lies within so many half cells of the centre of its cell; the peak of the likelihood lies within one.
+FURTHEST = 4.0
 
 # Largest weight of a site for W, over the precision of the median cell.
 FIRM = 1e3
@@ -99,13 +105,16 @@ class Sweep:
         weight = (precision * rest).sum(0).addcmul_(sites.weight[rows].float(), sites.centre[rows]).div_(total)
         rest.sub_(weight).mul_(precision)  # the force of its own entry on each update
         loose = self.variances.by_row[:, rows, None] + self.variances.by_column[:, None]  # without the entry itself
-        target = torch.addcmul(centre, loose, rest).sub_(update)  # of W, from each model
+        shift = rest.mul_(loose)
         extra = cells.grid.spacing(update).square_().div_(12) if cells.twice else None
         variance = loose.mul_(self.variance_factor)
         excess = [max(0.0, chi - CHANCE) / MEDIAN for chi in self.misfit]
         variance.add_(variance.new_tensor(excess)[:, None, None])
         if extra is not None:
             variance.add_(extra)
+        # Where the linear solve has not converged, heavy entries are far from their place, and the formula explodes.
+        bound = variance.sqrt().mul_(REACH).add_(half)
+        target = torch.minimum(shift, bound, out=shift).maximum(bound.neg_()).add_(centre).sub_(update)  # of W
         own = precision.div_(total).neg_().add_(1).mul_(sites.precision[:, rows])
         mean, known, site_weight, site_centre = self._decode(rows, target, half, variance, found)
         if last:
@@ -195,10 +204,11 @@ class Sweep:
         precision = curvature.div_(spread)
         if extra is not None:
             precision = precision.reciprocal().clamp_(min=0)  # a negative or vanishing curvature ends as the faintest
-        precision = torch.maximum(precision, inverse * FAINTEST).clamp_(max=12 * self.limit)
+        precision = torch.maximum(precision, inverse * FAINTEST)
+        # The step is that of the true curvature: under a clipped one it would overshoot.
+        shift = score.div_(deviation).div_(precision)
+        known_ = usable.float()
         raw = inverse.clamp_(max=self.limit)
-        usable_ = usable.float()
-        precision = raw.lerp_(precision, usable_).to(torch.bfloat16)
-        sites.precision[:, rows] = precision
-        shift = score.div_(deviation).div_(precision.float())
-        sites.offset[:, rows] = base.add_(shift).sub_(centre).div_(half).mul_(usable_)
+        sites.precision[:, rows] = raw.lerp_(precision.clamp_(max=CEILING * self.limit), known_)
+        offset = base.add_(shift).sub_(centre).div_(half).clamp_(-FURTHEST, FURTHEST)
+        sites.offset[:, rows] = offset.mul_(known_)

@@ -17,6 +17,9 @@ REACH = 4.5
 # Where the estimate's deviation exceeds this many spacings the grid says nothing.
 WIDE = 1.2
 
+# A site is made where the grid adds this share to what the cells say; a fainter one would lie anywhere.
+GAINED = 0.05
+
 # Entries decoded at once, so that temporaries stay in cache.
 CHUNK = 2**14
 
@@ -94,9 +97,11 @@ def decode(grid: Grid, centre: Tensor, half: Tensor, variance: Tensor, limit: fl
             mean[part] = average = (chances * candidates).sum(0)
             var[part] = scatter = (chances * (candidates - average).square_()).sum(0)
             gain = (1 / scatter - total[part]).clamp_(0, limit)  # 1 / 0 is clamped
+            gain *= gain > GAINED * total[part]
+            shift = (average - what[part]) / (scatter * gain)
+            clamped = (gain >= limit) | ~shift.isfinite()
             weight[part] = gain
-            shifted = what[part] + (average - what[part]) / (scatter * gain)
-            site[part] = torch.where((gain < limit) & shifted.isfinite(), shifted, average)
+            site[part] = torch.where(clamped, average, what[part] + shift)
     return Site(mean, var, best, share, weight, site)
 
 
