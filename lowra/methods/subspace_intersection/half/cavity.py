@@ -7,6 +7,7 @@ statement on M. With the entry's own evidence left in, every estimate would conf
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +43,9 @@ FURTHEST = 4.0
 # Largest weight of a site for W, over the precision of the median cell.
 FIRM = 1e3
 
+# Factors of the updates' variances that held-out cells may ask for.
+LEAST_FACTOR, MOST_FACTOR = 1.0, 64.0
+
 # Probability from which a weight is called sure.
 SURE = 0.999
 
@@ -58,7 +62,7 @@ class Decoded:
     predicted: float = 0.0
     sure: float = 0.0
     slope: Factors | None = None
-    evidence: Evidence = field(default_factory=Evidence)
+    evidence: Evidence = field(default_factory=lambda: Evidence((1.0,)))
     weight: Tensor | None = None
     chance: Tensor | None = None
 
@@ -81,7 +85,7 @@ class Sweep:
     def run(self, *, keep: bool = True, last: bool = False) -> Decoded:
         """Decode, and renew the sites in place. keep: hand back the weights. last: leave the sites as they are."""
         _, d, k = self.cells.stack.shape
-        found = Decoded()
+        found = Decoded(evidence=Evidence(self._tried()))
         if keep:
             found.weight = self.cells.stack.new_empty(d, k)
             found.chance = self.cells.stack.new_empty(d, k, dtype=torch.float16)
@@ -96,6 +100,11 @@ class Sweep:
             found.slope = Factors(tuple(by_left), tuple(by_right))
         return found
 
+    def _tried(self) -> tuple[float, ...]:
+        """Factors of the variances that held-out cells are predicted with: the one in use, others, and 1."""
+        here = self.variance_factor
+        return (here, *(other for other in (here / 2, here * 2) if LEAST_FACTOR <= other <= MOST_FACTOR), 1.0)
+
     def _block(self, rows: slice, found: Decoded, by_left: list[Tensor], by_right: list[Tensor], last: bool) -> None:
         cells, sites = self.cells, self.sites
         centre, half = cells.read(rows)  # (n, rows, k)
@@ -107,15 +116,16 @@ class Sweep:
         loose = self.variances.by_row[:, rows, None] + self.variances.by_column[:, None]  # without the entry itself
         shift = rest.mul_(loose)
         extra = cells.grid.spacing(update).square_().div_(12) if cells.twice else None
-        variance = loose.mul_(self.variance_factor)
-        excess = [max(0.0, chi - CHANCE) / MEDIAN for chi in self.misfit]
-        variance.add_(variance.new_tensor(excess)[:, None, None])
+        added = centre.new_tensor([max(0.0, chi - CHANCE) / MEDIAN for chi in self.misfit])[:, None, None]
         if extra is not None:
-            variance.add_(extra)
+            added = extra + added
+        variance = (loose * self.variance_factor).add_(added)
         # Where the linear solve has not converged, heavy entries are far from their place, and the formula explodes.
         bound = variance.sqrt().mul_(REACH).add_(half)
         target = torch.minimum(shift, bound, out=shift).maximum(bound.neg_()).add_(centre).sub_(update)  # of W
         own = precision.div_(total).neg_().add_(1).mul_(sites.precision[:, rows])
+        if cells.held is not None:
+            evidence(cells, rows, target, half, loose, added, found.evidence)
         mean, known, site_weight, site_centre = self._decode(rows, target, half, variance, found)
         if last:
             return
@@ -134,15 +144,13 @@ class Sweep:
         cells = self.cells
         grid = cells.base
         shape = target.shape[1:]
-        if cells.held is not None:
-            found.evidence.add(evidence(cells, rows, target, half, variance))
         if grid is None:
             precision = half.square().div_(3).add_(variance).reciprocal_()
             total = precision.sum(0)
             what = precision.mul_(target).sum(0).div_(total)
             if found.weight is not None:
                 found.weight[rows] = what
-            return what, 1 / total, torch.zeros_like(what), what
+            return what, torch.full_like(what, math.inf), torch.zeros_like(what), what
         near, clear = settled(grid, target, half, variance.sqrt())
         limit = FIRM * MEDIAN
         var, site_weight = torch.zeros_like(near), torch.full_like(near, limit)

@@ -20,52 +20,89 @@ from lowra.methods.subspace_intersection.half.sites import Cells
 # Numbers of the grid of W on each side, and stored numbers on each side, that predictions run over.
 SIDES_BASE, SIDES_STORED = 4, 6
 
+# Nats that make another variance clearly better.
+CLEARLY = 0.002
+
 # Least log probability of a held-out number; one wild entry is not to decide.
 LEAST = -20.0
 
 
 @dataclass
 class Evidence:
-    """Log probabilities of the held-out numbers, and what the predictions expected them to be."""
+    """Log probabilities of the held-out numbers, and what the predictions expected them to be, under some variances.
 
+    factors: of the updates' variances: 1, and some around the one in use. Rows of `actual` and `expected` (f, q).
+    """
+
+    factors: tuple[float, ...]
     actual: list[Tensor] = field(default_factory=list)
     expected: list[Tensor] = field(default_factory=list)
 
-    def add(self, found: tuple[Tensor, Tensor] | None) -> None:
-        """Take in a block's."""
-        if found is not None:
-            self.actual.append(found[0])
-            self.expected.append(found[1])
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Means over the held-out cells under each factor, (f,)."""
+        if not self.actual:
+            zero = torch.zeros(len(self.factors), dtype=torch.float64)
+            return zero, zero
+        return torch.cat(self.actual, 1).double().mean(1), torch.cat(self.expected, 1).double().mean(1)
+
+    @property
+    def best(self) -> int:
+        """Which factor predicts the held-out cells best; the first one, which is in use, unless another is clearly better."""
+        actual, _ = self.means()
+        index = int(actual.argmax())
+        return index if float(actual[index] - actual[0]) > CLEARLY else 0
 
     @property
     def likelihood(self) -> float:
-        """Mean log probability of a held-out number, in nats."""
-        return float(torch.cat(self.actual).double().mean()) if self.actual else 0.0
+        """Mean log probability of a held-out number, in nats, under the best factor."""
+        return float(self.means()[0].max())
 
     @property
     def deviation(self) -> float:
-        """The same, less its expectation: near 0 for a right explanation, negative for a wrong one."""
-        return self.likelihood - float(torch.cat(self.expected).double().mean()) if self.actual else 0.0
+        """Under factor 1, the same less its expectation: near 0 for a right explanation, negative for a wrong one."""
+        actual, expected = self.means()
+        return float(actual[-1] - expected[-1])
+
+    @property
+    def calibrated_deviation(self) -> float:
+        """The same under the best factor."""
+        actual, expected = self.means()
+        return float((actual - expected)[self.best])
 
 
 def evidence(
-    cells: Cells, rows: slice, target: Tensor, half: Tensor, variance: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """Log probability and its expectation (q,) of the held-out cells in some rows.
+    cells: Cells, rows: slice, target: Tensor, half: Tensor, variance: Tensor, rest: Tensor, found: Evidence
+) -> None:
+    """Add the held-out cells in some rows.
 
-    target, half, variance: (n, rows, k), cells of W'_i - M_i and variance of M_i, the held-out ones widened.
+    target, half, variance: (n, rows, k), cells of W'_i - M_i and variance of M_i, the held-out ones widened. rest: what
+    is added to the variance whatever the factor, (n, 1, 1) or (n, rows, k).
     """
     assert cells.held is not None
     part = cells.held.within(rows)
     model, row, column = (values[part] for values in (cells.held.model, cells.held.row, cells.held.column))
     if not len(model):
-        return None
+        return
     stored = cells.stack[model, row, column] * cells.scale  # (q,)
     local = row - rows.start
-    centre, widths, spreads = (values[:, local, column] for values in (target, half, variance))  # (n, q)
-    q = torch.arange(len(model), device=model.device)
+    centre, widths, spreads, rests = (
+        values.expand_as(half)[:, local, column] for values in (target, half, variance, rest)
+    )  # (n, q)
     grids = [grid_of(dtype, cells.scale) for dtype in cells.dtypes]
     own = Grid(stored.new_tensor([g.eps for g in grids])[model], stored.new_tensor([g.tiny for g in grids])[model])
+    pairs = [
+        predicted(cells.base, own, stored, model, centre, widths, spreads * factor + rests) for factor in found.factors
+    ]
+    actual, expected = zip(*pairs, strict=True)
+    found.actual.append(torch.stack(actual))
+    found.expected.append(torch.stack(expected))
+
+
+def predicted(
+    base: Grid | None, own: Grid, stored: Tensor, model: Tensor, centre: Tensor, widths: Tensor, spreads: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log probability of stored numbers (q,) of some models, and its expectation; (n, q) what all models say there."""
+    q = torch.arange(len(model), device=model.device)
     # The own model's target is the centre of its cell less its update.
     update = own.cell(stored)[0] - centre[model, q]
     spread = spreads[model, q]
@@ -75,21 +112,18 @@ def evidence(
     middle = what + update
     seen = around(own, middle, SIDES_STORED)  # (s, q)
     edges_centre, edges_half = own.cell(torch.cat([seen, stored[None]]))  # (s + 1, q)
-    if cells.base is None:
-        broad = torch.ones_like(what, dtype=torch.bool)
-        chances = torch.zeros(2 * SIDES_BASE + 1, len(q), device=what.device)
-        candidates = chances
-    else:
-        broad = 1 / total > (WIDE * cells.base.spacing(what)) ** 2
-        candidates = around(cells.base, what, SIDES_BASE)  # (g, q)
-        chances = torch.softmax(log_posterior(candidates, centre, widths, spreads.sqrt()), 0)
-    probability = torch.zeros_like(edges_centre)
-    deviation = spread.sqrt()
-    for candidate, chance in zip(candidates, chances, strict=True):
-        probability += chance * mass(edges_centre - candidate - update, edges_half, deviation)
     wide = mass(edges_centre - middle, edges_half, (spread + 1 / total).sqrt())
-    probability = torch.where(broad, wide, probability).clamp_(min=1e-30)
-    logs = probability.log()
+    probability = wide
+    if base is not None:
+        broad = 1 / total > (WIDE * base.spacing(what)) ** 2
+        candidates = around(base, what, SIDES_BASE)  # (g, q)
+        chances = torch.softmax(log_posterior(candidates, centre, widths, spreads.sqrt()), 0)
+        probability = torch.zeros_like(edges_centre)
+        deviation = spread.sqrt()
+        for candidate, chance in zip(candidates, chances, strict=True):
+            probability += chance * mass(edges_centre - candidate - update, edges_half, deviation)
+        probability = torch.where(broad, wide, probability)
+    logs = probability.clamp_(min=1e-30).log()
     expected = (probability[:-1] * logs[:-1]).sum(0)
     return logs[-1].clamp(min=LEAST), expected
 

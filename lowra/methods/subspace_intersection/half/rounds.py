@@ -34,21 +34,38 @@ STILL = 1e-3
 
 # Rounds at most.
 MOST = 20
-PRUNE_FROM = 0.0
+
+# Directions are pruned once the clip is at least this share of the last one: below it, small weights cannot yet speak
+# for the directions that only they see.
+PRUNE_FROM = 0.25
+
+# Nats by which the held-out cells must prefer an earlier round to a later one.
+SLACK = 0.01
 
 
 @dataclass
 class Run:
-    """Where some rounds ended. misfit: chi of each model. trace: (predicted, misfit, held-out likelihood) a round."""
+    """The round whose held-out cells were predicted best. misfit: chi of each model. rounds: how many there were.
+
+    settled: nothing moved at the end. trace: (predicted, misfit, held-out likelihood) of every round.
+    """
 
     factors: Factors
-    variances: Variances
-    sites: Sites
     misfit: tuple[float, ...]
     decoded: Decoded
     rounds: int
     settled: bool
     trace: list[tuple[float, float, float]] = field(default_factory=list)
+
+    @property
+    def likelihood(self) -> float:
+        """Mean log probability of the held-out cells."""
+        return self.decoded.evidence.likelihood
+
+    @property
+    def deviation(self) -> float:
+        """The same less its expectation."""
+        return self.decoded.evidence.deviation
 
 
 def converge(
@@ -59,7 +76,6 @@ def converge(
     most: int = MOST,
     tolerance: float = TOLERANCE,
     good: bool = False,
-    anneal: bool = True,
 ) -> Run:
     """Rounds from some factors. good: the start is near the answer, so that the misfit is judged at the clip.
 
@@ -72,7 +88,8 @@ def converge(
     down = slope(cells, sites, factors)
     variances: Variances | None = None
     trace: list[tuple[float, float, float]] = []
-    still = 0
+    best: Run | None = None
+    still, loosened = 0, 2.0
     for t in range(most):
         limit, following = limits[min(t, len(limits) - 1)], limits[min(t + 1, len(limits) - 1)]
         variances = effective_variances(sites, factors.ranks, variances)
@@ -84,21 +101,23 @@ def converge(
             factors = pruned(factors, variances)
             ratio = variances.by_row.new_tensor([now / then for now, then in zip(factors.ranks, before, strict=True)])
             variances = Variances(variances.by_row * ratio[:, None], variances.by_column * ratio[:, None])
-        final = t == most - 1
-        loosened = max(1.0, 3 * 0.7**t) if anneal else 1.0
-        decoded = Sweep(cells, sites, factors, variances, misfit, following, loosened).run(last=final)
+        decoded = Sweep(cells, sites, factors, variances, misfit, following, loosened).run(last=t == most - 1)
+        loosened = decoded.evidence.factors[decoded.evidence.best]
         trace.append((decoded.predicted, max(misfit), decoded.evidence.likelihood))
         if t:
-            moved = abs(trace[-1][0] - trace[-2][0])
-            shifted = abs(trace[-1][1] - trace[-2][1])
-            calm = moved < STILL and shifted < STILL + 5 * STILL * trace[-1][1] and loosened == 1
+            moved, shifted = (abs(now - then) for now, then in zip(trace[-1][:2], trace[-2][:2], strict=True))
+            calm = moved < STILL and shifted < STILL + 5 * STILL * trace[-1][1]
             still = still + 1 if calm else 0
+        if best is None or decoded.evidence.likelihood > best.likelihood - SLACK:
+            best = Run(factors, misfit, decoded, t + 1, still >= 2)
         if still >= 2 and t >= len(limits) - 1:
             break
         if decoded.slope is not None:
-            down = decoded.slope
-    assert variances is not None
-    return Run(factors, variances, sites, misfit, decoded, t + 1, still >= 2, trace)
+            down, decoded.slope = decoded.slope, None
+    assert best is not None
+    best.rounds, best.trace = t + 1, trace
+    best.settled = still >= 2
+    return best
 
 
 def searched(
