@@ -210,13 +210,14 @@ class Sweep:
         score, curvature = score_and_curvature((centre - base).div_(deviation), half / deviation)
         inverse = square.reciprocal().mul_(3)  # of the cell's variance
         precision = curvature.div_(spread)
-        if extra is not None:
-            precision = precision.reciprocal().clamp_(min=0)  # a negative or vanishing curvature ends as the faintest
         precision = torch.maximum(precision, inverse * FAINTEST)
         # The step is that of the true curvature: under a clipped one it would overshoot.
         shift = score.div_(deviation).div_(precision)
         known_ = usable.float()
         raw = inverse.clamp_(max=self.limit)
+        if extra is not None:
+            precision = precision / (1 + precision * extra)
+            raw = raw / (1 + raw * extra)
         sites.precision[:, rows] = raw.lerp_(precision.clamp_(max=CEILING * self.limit), known_)
         offset = base.add_(shift).sub_(centre).div_(half).clamp_(-FURTHEST, FURTHEST)
         sites.offset[:, rows] = offset.mul_(known_)

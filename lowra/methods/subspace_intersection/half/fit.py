@@ -151,12 +151,16 @@ def solved(
 
 @dataclass(frozen=True)
 class Quadratic:
-    """The Gauss-Newton model of F around some factors. only_left: the right factors stay."""
+    """The Gauss-Newton model of F around some factors.
+
+    only: "left" or "right" where the factors of the other side stay. sizes: S_i, of balanced factors by default.
+    """
 
     cells: Cells
     sites: Sites
     factors: Factors
     only: str = "both"
+    sizes: list[Tensor] | None = None
 
     def product(self, change: Factors) -> Factors:
         """The Gauss-Newton matrix times a change."""
@@ -173,7 +177,7 @@ class Quadratic:
                 torch.mm(left[rows], right.mT, out=out)
             mean = (precision * tangent).sum(0).div_(total)
             pull(tangent.sub_(mean).mul_(precision), rows, here, by_left, by_right, self.only)
-        ridge(here.sizes(), change, by_left, by_right, 1.0)
+        ridge(self.sizes or here.sizes(), change, by_left, by_right, 1.0)
         return self._masked(by_left, by_right)
 
     def _joined(self, first_part: Tensor, second_part: Tensor, *, first: bool) -> Tensor:
@@ -199,7 +203,7 @@ class Quadratic:
         scales = [
             (theta_a[:, None] * s + d / s, theta_b[:, None] * s + k / s)
             for s, (theta_a, theta_b) in zip(
-                self.factors.sizes(), variances.precision(self.factors.ranks), strict=True
+                self.sizes or self.factors.sizes(), variances.precision(self.factors.ranks), strict=True
             )
         ]
 
@@ -245,8 +249,8 @@ def ridge(sizes: list[Tensor], factors: Factors, by_left: list[Tensor], by_right
         out_right.addcmul_(right, k / s, value=sign)
 
 
-def slope(cells: Cells, sites: Sites, factors: Factors) -> Factors:
-    """Minus half the gradient of F in the factors."""
+def slope(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor] | None = None) -> Factors:
+    """Minus half the gradient of F in the factors. sizes: S_i, of balanced factors by default."""
     by_left = [torch.zeros_like(left) for left in factors.left]
     by_right = [torch.zeros_like(right) for right in factors.right]
     for rows in cells.blocks():
@@ -255,7 +259,7 @@ def slope(cells: Cells, sites: Sites, factors: Factors) -> Factors:
         rest = half.mul_(sites.offset[:, rows]).add_(centre).sub_(factors.updates(rows, centre.new_empty(centre.shape)))
         weight = (precision * rest).sum(0).add_(sites.weight[rows] * sites.centre[rows]).div_(total)
         pull(rest.sub_(weight).mul_(precision), rows, factors, by_left, by_right)
-    ridge(factors.sizes(), factors, by_left, by_right, -1.0)
+    ridge(sizes or factors.sizes(), factors, by_left, by_right, -1.0)
     return Factors(tuple(by_left), tuple(by_right))
 
 
