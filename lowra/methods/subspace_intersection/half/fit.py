@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites
+from lowra.methods.subspace_intersection.half.sites import MEDIAN, NARROWEST, Cells, Sites
 
 # A direction j of model i is kept while S_ij^2 theta_i / (d + k) exceeds this: half the smallest size at which the
 # ridge's own estimate of S_ij is stable.
@@ -285,7 +285,7 @@ def probe(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor], nar
         rows = slice(start, min(start + step, d), stride)
         picked = torch.arange(rows.start, rows.stop, stride, device=cells.stack.device)
         centre, half = cells.grid.cell(cells.stack[:, rows] * cells.scale)
-        half.clamp_(min=1e-3)
+        half.clamp_(min=NARROWEST)
         precision, total = sites.read(rows)
         update = factors.updates(picked)
         x = torch.addcmul(centre, half, sites.offset[:, rows].float())
@@ -295,7 +295,10 @@ def probe(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor], nar
         rest.sub_(weight)
         objective += float((rest.square_().mul_(precision)).sum()) + float((weight - c).square_().mul_(w).sum())
         misfit = centre.sub_(update).sub_(weight).square_()
-        misfit.mul_(half.square_().reciprocal_().mul_(3).clamp_(max=narrowest)).clamp_(max=MOST)
+        variance = half.square_().div_(3)
+        if cells.twice:
+            variance.add_(cells.grid.spacing(update).square_().div_(12))
+        misfit.mul_(variance.reciprocal_().clamp_(max=narrowest)).clamp_(max=MOST)
         # A held-out cell has next to no precision, and no misfit.
         squares += misfit.mul_(precision > MEDIAN / 1e6).sum((1, 2)).double().cpu()
         free += float((w > 0.5 * (total - w)).sum())

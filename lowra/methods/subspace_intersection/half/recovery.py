@@ -24,8 +24,9 @@ RANK, OVER = 32, 1.5
 # Rank that parts of a layer are sized for, at least.
 LIKELY = 12
 
-# A certificate needs three models, a misfit and a deviation of the held-out cells as these.
-MODELS, MISFIT, DEVIATION = 3, 1.1, -0.05
+# A certificate needs three models, a misfit and a deviation of the held-out cells as these; and the variances must not
+# have been far off before the held-out cells calibrated them.
+MODELS, MISFIT, DEVIATION, OVERCONFIDENCE = 3, 1.1, -0.05, -0.15
 
 # Updates below this many cells, in root mean square, are fitted from the vote at the full clip: only the smallest
 # weights show them. And the vote is tried at all up to the second.
@@ -36,6 +37,9 @@ OFF_GRID = 0.02
 
 # Share of the sure weights that lie on bfloat16's grid, in float16 merges, from which W is taken to be bfloat16.
 COARSER = 0.6
+
+# Predicted share above which an answer that is certified is not compared with the vote.
+EASY = 0.97
 
 AT_ONCE = (1000.0,)
 FINISH = (30.0, 300.0, 1000.0)
@@ -70,7 +74,13 @@ class HalfAnswer:
 
 def certifiable(run: Run, models: int) -> bool:
     """Whether an explanation predicts what it has not seen as well as it says it would."""
-    return models >= MODELS and max(run.misfit) <= MISFIT and run.decoded.evidence.calibrated_deviation >= DEVIATION
+    evidence = run.decoded.evidence
+    return (
+        models >= MODELS
+        and max(run.misfit) <= MISFIT
+        and evidence.calibrated_deviation >= DEVIATION
+        and evidence.deviation >= OVERCONFIDENCE
+    )
 
 
 def formats(stack: Tensor) -> tuple[torch.dtype, ...] | None:
@@ -102,8 +112,7 @@ class Recoverer:
         whole = Cells(self.stack, self.dtypes, scale, grid_of(base, scale), hold_out(self.stack, self.generator))
         tried: dict[str, float] = {}
         if n < MODELS:
-            alone = unfitted(whole)
-            return self._answer(alone, "no fit", base, scale, tried)
+            return self._answer(self._unfitted(whole), "vote", base, scale, tried)
         part = levels.choose_part((d, k), self.hint or max(self.counted, LIKELY), self.generator, self.stack.device)
         cells, estimate = whole, self.estimate
         if part is not None:
@@ -128,13 +137,11 @@ class Recoverer:
                 factors = levels.extra_directions(whole, factors, more, self.generator)
             good = max(run.misfit) <= MISFIT
             run = converge(whole, factors, FINISH if good else FROM_NEARBY, most=len(FINISH) + 1 if good else MOST, good=good)
-        decoded = run.decoded
-        certified = certifiable(run, n)
-        if not certified:
-            alone = unfitted(whole)
-            tried["no fit"] = alone.evidence.likelihood
-            if alone.evidence.likelihood > run.likelihood:
-                name, decoded = "no fit", alone
+        decoded, certified = run.decoded, certifiable(run, n)
+        if not certified or decoded.predicted < EASY:
+            alone = self._unfitted(whole)
+            if alone.predicted > decoded.predicted or alone.evidence.likelihood > run.likelihood:
+                return self._answer(alone, "vote", base, scale, tried)
         return self._answer(decoded, name, base, scale, tried, run, certified=certified)
 
     def _answer(
@@ -211,6 +218,26 @@ class Recoverer:
                 return other, again, torch.bfloat16
         return cells, run, torch.float16
 
+    def _unfitted(self, cells: Cells) -> Decoded:
+        """The vote, with what is to be expected of it where of the updates only their sizes are known.
+
+        The most that can be had where no explanation by updates of low rank predicts what it has not seen.
+        """
+        assert cells.base is not None
+        n, d, k = cells.stack.shape
+        new = cells.stack.new_zeros
+        nothing = Factors(tuple(new(d, 0) for _ in range(n)), tuple(new(k, 0) for _ in range(n)))
+        variance = update_sizes(cells).to(cells.stack).square()[:, None] / 2
+        variances = Variances(variance.expand(n, d), variance.expand(n, k))
+        sites = plain_sites(cells, MEDIAN * 1e-6)
+        decoded = Sweep(cells, sites, nothing, variances, (0.0,) * n, MEDIAN).run(last=True)
+        assert decoded.weight is not None and decoded.chance is not None
+        voted = cells.base.nearest(vote(cells.stack) * cells.scale)
+        # Where the posterior prefers another number, the vote's has at most what is left.
+        torch.where(voted == decoded.weight, decoded.chance, decoded.chance.neg().add_(1), out=decoded.chance)
+        decoded.weight = voted
+        return decoded
+
     def _off_grid(self, cells: Cells, run: Run) -> bool:
         """Whether the held-out cells are predicted better without any grid for W."""
         free = converge(replace(cells, base=None), run.factors, FROM_NEARBY, most=6)
@@ -222,19 +249,3 @@ def cell_size(cells: Cells) -> float:
     rows = slice(0, cells.stack.shape[1], max(1, cells.stack.shape[1] // 256))
     half = cells.grid.cell(cells.stack[:, rows] * cells.scale)[1]
     return 2 * float(half.double().square().mean().sqrt())
-
-
-def unfitted(cells: Cells) -> Decoded:
-    """Decode W with nothing known of the updates but their sizes: what a vote should be.
-
-    The most that can be had where no explanation by updates of low rank predicts what it has not seen.
-    """
-    n, d, k = cells.stack.shape
-    new = cells.stack.new_zeros
-    nothing = Factors(tuple(new(d, 0) for _ in range(n)), tuple(new(k, 0) for _ in range(n)))
-    variance = update_sizes(cells).to(cells.stack).square()[:, None] / 2
-    sites = plain_sites(cells, MEDIAN * 1e-6)
-    return Sweep(
-        cells, sites, nothing, Variances(variance.expand(n, d), variance.expand(n, k)), (0.0,) * n, MEDIAN
-    ).run(last=True)
-
