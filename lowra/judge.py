@@ -12,7 +12,7 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from lowra.errors import LowraError
 from lowra.methods import Method, Observation, check_observation, check_recovery
 from lowra.metrics.base import Scorer
 from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
-from lowra.plan import Plan, Task, Variant
+from lowra.plan import Plan, Task, Variant, options
 from lowra.records import COORDINATES, LAYER_FIELDS, SCORE, KeptWeights, Store, dumps, key_of, model_digest
 
 # A recovered weight that waits for a metric is kept on disk where recovering it again takes longer than writing it,
@@ -167,7 +167,8 @@ def _state(merged: Tensor) -> tuple[int, int]:
     Writes through numpy or `.data` are not counted, but change the sum.
     """
     version = 0 if merged.is_inference() else merged._version
-    return version, int(merged.view(torch.int32).sum(dtype=torch.int64))
+    bits = torch.int64 if merged.element_size() * merged.shape[-1] % 8 == 0 else torch.int32  # fewer, wider numbers
+    return version, int(merged.view(bits).sum(dtype=torch.int64))
 
 
 def weight_digest(weight: Tensor) -> str:
@@ -218,22 +219,26 @@ class ModelJudge:
         if not self.plan.cfg.keep_outputs:
             return []
         draw = max(self.plan.draws, key=lambda d: (d.n_loras, -d.trial))
-        headings: dict[str, str] = {"reference": "Pre-FT (truth)"}
-        for variant in reversed(self.plan.variants.values()):
-            records = self._records(draw, variant)
-            name = model_digest(records, 0) if records else None
-            if name is not None:  # equal models are one column
-                headings[name] = f"{headings[name]}, {variant.label}" if name in headings else variant.label
         title = f"{self.plan.cfg.subset.title}, source={self.plan.source.name}, {draw}"
         if self.plan.cfg.merge.dtype != "float32":
             title += f", merges in {self.plan.cfg.merge.dtype}"
         made = []
         for name, metric in self.plan.metrics.items():
             try:
-                made += metric.gallery(self._artifacts(name), headings, self.plan.folder, title)
+                made += metric.gallery(self._artifacts(name), self._headings(draw, name), self.plan.folder, title)
             except LowraError as error:  # records of an earlier run may have kept no outputs; the tables are there
                 self.problems.append(f"No outputs side by side: {error}")
         return made
+
+    def _headings(self, draw: Any, metric: str) -> dict[str, str]:
+        """Of the base and of each model that was scored: the label of its outputs to its heading, in order."""
+        headings = {"reference": "Pre-FT (truth)"}
+        for variant in reversed(self.plan.variants.values()):
+            records = self._records(draw, variant)
+            name = model_digest(records, 0) if records else None
+            if name is not None and self.store.done(SCORE, self._key(metric, name)):  # equal models are one column
+                headings[name] = f"{headings[name]}, {variant.label}" if name in headings else variant.label
+        return headings
 
     def close(self) -> None:
         """Delete outputs of models that are not shown."""
@@ -261,7 +266,7 @@ class ModelJudge:
             made = self.plan.metrics[metric]
             base = str(self.plan.data.base)
             self.fixed[metric] = {
-                "settings": json.dumps(_options(self.plan, metric), sort_keys=True, default=str),
+                "settings": json.dumps(options(self.plan.cfg.metrics[metric]), sort_keys=True, default=str),
                 "inputs": made.inputs(self.plan.data.evaluation),
                 "base": folder_digest(Path(base)) if Path(base).is_dir() else base,
                 "code": code_digest(module_of(made)),
@@ -335,14 +340,6 @@ class ModelJudge:
             self.problems.append(sentence)
 
 
-def _options(plan: Plan, metric: str) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    options = OmegaConf.to_container(plan.cfg.metrics[metric], resolve=True)
-    assert isinstance(options, dict)
-    return {str(name): value for name, value in options.items()}
-
-
 _RESERVED = {*LAYER_FIELDS, *COORDINATES, "exact_layers", "failed_layers", "layers", "w_error_layer_std"}
 
 
@@ -356,10 +353,3 @@ def _numbers(values: Any) -> dict[str, float]:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise TypeError(f"score returned {name!r}: {type(value).__name__}; expected a number")
     return {str(name): float(value) for name, value in values.items()}
-
-
-def complete(plan: Plan, store: Store, draw: Any, variants: Sequence[Variant]) -> Iterator[Variant]:
-    """The variants whose records of a draw are all there."""
-    for variant in variants:
-        if all(store.get("layer", plan.key(draw, index, variant)) is not None for index in plan.layers):
-            yield variant

@@ -7,6 +7,10 @@ import importlib.util
 
 from lowra.errors import LowraError
 
+# What making models takes: the extra `builders`.
+BUILDERS = ("accelerate", "datasets", "diffusers", "peft", "scikit-learn", "torchvision", "transformers", "trl")
+_MODULES = {"scikit-learn": "sklearn"}  # imported under another name than pip's
+
 
 def require(what: str, *names: str) -> None:
     """Raise LowraError with the `pip install` that helps unless these packages are there and new enough.
@@ -23,7 +27,7 @@ def require(what: str, *names: str) -> None:
     wrong, found = [], []
     for name in names:
         wanted = declared.get(name, Requirement(name))
-        if importlib.util.find_spec(name.replace("-", "_")) is None:
+        if importlib.util.find_spec(_MODULES.get(name, name.replace("-", "_"))) is None:
             found.append(f"{name} is not installed")
         elif (version := _version(name)) and not wanted.specifier.contains(version, prereleases=True):
             found.append(f"{name} is {version}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -84,7 +85,7 @@ def workers(plan: Plan, records: int) -> tuple[int, int]:
         tasks = records // len(plan.variants)
         # The stack, float64 copies of a layer in the judge, and the workspaces of a method: measured at 8 layers.
         jobs = pool.choose_jobs(tasks, cores, 4 * largest * (2 * models + 8), plan.device.type)
-    return jobs, max(1, cores // jobs)
+    return jobs, max(1, min(torch.get_num_threads(), cores // jobs))  # OMP_NUM_THREADS is heeded
 
 
 def recover(
@@ -180,5 +181,4 @@ def report(plan: Plan, store: Store, *, figures: bool) -> str:
         records = read([plan.folder], set(plan.keys()))
     except LowraError:
         return ""
-    order = [variant.label for variant in plan.variants.values()]
-    return reporting.write(records, plan.folder, methods_order=order, figures=figures)
+    return reporting.write(records, plan.folder, methods_order=list(plan.variants), figures=figures)

@@ -24,6 +24,7 @@ from lowra.bench import draws as drawing
 from lowra.bench.merging import ORDERS, merge_dtype
 from lowra.bench.names import depths, layer_type
 from lowra.bench.schema import LayerInfo
+from lowra.bench.sources import make_source
 from lowra.code import code_digest, digest, module_of
 from lowra.errors import LowraError, unknown
 from lowra.methods import Method, as_method
@@ -354,12 +355,12 @@ def make_variants(cfg: DictConfig) -> dict[str, Variant]:
             raise LowraError(
                 f"Method {name!r} needs the LoRA rank, which knows_rank=false withholds; drop one of them."
             )
-        options = _options(full)
+        own = options(full)
         module = module_of(getattr(method, "function", getattr(method, "target", method)))
-        key = digest(json.dumps([full["_target_"], options, code_digest(module)], sort_keys=True, default=str))
+        key = digest(json.dumps([full["_target_"], own, code_digest(module)], sort_keys=True, default=str))
         shipped = _shipped(cfg, str(full["_target_"]))
-        differing = {k: v for k, v in options.items() if shipped is not None and shipped.get(k, None) != v}
-        made[str(name)] = Variant(str(name), method, _labelled(method.pretty, differing), options, key)
+        differing = {k: v for k, v in own.items() if shipped is not None and shipped.get(k) != v}
+        made[str(name)] = Variant(str(name), method, _labelled(method.pretty, differing), own, key)
     return _told_apart(made)
 
 
@@ -367,29 +368,36 @@ def _like(cfg: DictConfig, name: str, node: DictConfig) -> DictConfig:
     """A method's config, what it inherits from the one it is `like` filled in."""
     if "like" not in node:
         return node
-    base = cfg.methods.get(node.like) or _shipped_node(cfg, str(node.like))
-    if base is None or node.like == name:
+    base = None if node.like == name else cfg.methods.get(node.like)
+    base = base or _shipped_node(cfg, str(node.like))
+    if base is None:
         raise unknown("method", node.like, [p.stem for p in (conf_dir() / "methods").glob("*.yaml")])
     base = _like(cfg, str(node.like), base)
-    own = {k: v for k, v in OmegaConf.to_container(node, resolve=True).items() if k != "like"}  # type: ignore[union-attr]
-    inherited = OmegaConf.to_container(base, resolve=True)
-    if strange := sorted(set(own) - set(inherited)):  # type: ignore[arg-type]
-        raise unknown(f"option of method {node.like!r}", strange[0], [str(k) for k in inherited if k != "_target_"])
-    return OmegaConf.create({**inherited, **own})  # type: ignore[dict-item]
+    own, inherited = _plain(node), _plain(base)
+    del own["like"]
+    if strange := sorted(set(own) - set(inherited)):
+        raise unknown(f"option of method {node.like!r}", strange[0], [k for k in inherited if k != "_target_"])
+    return OmegaConf.create({**inherited, **own})
 
 
 def _shipped_node(cfg: DictConfig, name: str) -> DictConfig | None:
     path = conf_dir() / "methods" / f"{name}.yaml"
     if not path.is_file():
         return None
-    whole = OmegaConf.create(OmegaConf.to_container(cfg))
-    whole["methods"] = {name: OmegaConf.load(path)}
+    whole = OmegaConf.create({**_plain(cfg, resolve=False), "methods": {name: OmegaConf.load(path)}})
     return whole.methods[name]  # type: ignore[no-any-return]
 
 
-def _options(node: DictConfig) -> dict[str, Any]:
-    options = OmegaConf.to_container(node, resolve=True)
-    return {str(k): v for k, v in options.items() if not str(k).startswith("_")}  # type: ignore[union-attr]
+def _plain(node: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    """A config node as a dictionary."""
+    values = OmegaConf.to_container(node, resolve=resolve)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def options(node: DictConfig) -> dict[str, Any]:
+    """What a method's or metric's config says beside its target."""
+    return {key: value for key, value in _plain(node).items() if not key.startswith("_")}
 
 
 def _shipped(cfg: DictConfig, target: str) -> dict[str, Any] | None:
@@ -397,13 +405,13 @@ def _shipped(cfg: DictConfig, target: str) -> dict[str, Any] | None:
     for path in sorted((conf_dir() / "methods").glob("*.yaml")):
         node = _shipped_node(cfg, path.stem)
         if node is not None and node.get("_target_") == target:
-            return _options(node)
+            return options(node)
     return None
 
 
 def _labelled(pretty: str, options: Mapping[str, Any]) -> str:
     text = ", ".join(
-        f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in sorted(options.items())
     )
     return f"{pretty} ({text})" if text else pretty
 
@@ -471,7 +479,7 @@ def prepare(cfg: DictConfig) -> Plan:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     variants = make_variants(cfg)
-    source = make(cfg.source, "source", str(cfg.source.name))
+    source = make_source(cfg)
     metrics = make_metrics(cfg, weights_only=source.weights_only)
     folder = Path(cfg.results_dir).expanduser() / cfg.subset.name / cfg.source.name
     Store(folder).check_writable()
@@ -479,8 +487,8 @@ def prepare(cfg: DictConfig) -> Plan:
     source.check()
     for metric in metrics.values():
         metric.ready()
-        if not source.miniature:  # a miniature makes its base and evaluation inputs itself
-            metric.check(str((cfg.get("builder") or {}).get("base") or cfg.subset.base), None, device)
+        if source.base is not None:  # a miniature makes its base and evaluation inputs itself
+            metric.check(source.base, None, device)
     data = source.open()
     table = data.table
     chosen = [

@@ -536,8 +536,8 @@ def _scores(layers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, A
         for name in digests:
             for score in by_model.get(str(name), ()):
                 for column, value in loads(score["values"]).items():
-                    place = (score["metric"], column, score["settings"] + score["base"] + score["inputs"])
-                    known = found.setdefault(place, {})
+                    scored = (score["metric"], column, score["settings"] + score["base"] + score["inputs"])
+                    known = found.setdefault(scored, {})
                     if str(name) not in known or known[str(name)][0] < score["finished"]:
                         known[str(name)] = (score["finished"], value)
         latest: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}

@@ -32,9 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowra.bench.merge import merge
+from lowra.bench.merging import merge
 from lowra.bench.schema import open_dataset, write_dataset
-from lowra.bench.synthetic import SyntheticTable
+from lowra.bench.sources import synthetic_table
 from lowra.methods.base import Method, Observation
 from lowra.methods.spectral_detuning import RankScheduler, SpectralDeTuning
 from lowra.methods.subspace_intersection import SubspaceIntersection
@@ -352,7 +352,7 @@ def reading(quick: bool, runs: int) -> list[Row]:
     from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
-    table = SyntheticTable("vit" if quick else "mistral_sft")
+    table = synthetic_table("vit" if quick else "mistral_sft")
     info = table.infos[0]
     shape = Shape(len(table.model_names), info.d, info.k, info.ranks[0])
     rows = []
@@ -384,10 +384,10 @@ def merging(quick: bool, runs: int) -> list[Row]:
     """W' = W + (alpha / r) B A for the models of a draw."""
     rows = []
     for family, n in (("vit", 5), ("mistral_sft", 8))[: 1 if quick else 2]:
-        layer = SyntheticTable(family).read(0, range(n))
+        layer = synthetic_table(family).read(0, range(n))
         d, k = layer.weight.shape
         shape = Shape(n, d, k, layer.loras[0].rank)
-        rows.append(measured("merge", "lowra.bench.merge", shape, partial(merge, layer), runs, True)[0])
+        rows.append(measured("merge", "lowra.bench.merging", shape, partial(merge, layer), runs, True)[0])
     return rows
 
 

@@ -16,7 +16,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from lowra.bench.schema import Layer, Lora, write_dataset
+from lowra.bench.schema import Layer, write_dataset
+from lowra.bench.updates import Update
 from lowra.paths import conf_dir, register_resolvers
 
 
@@ -33,9 +34,15 @@ def planted_layers(
         loras = []
         for j in range(models):
             r = ranks[j % len(ranks)]
-            loras.append(Lora(f"task_{j}", r, 2.0 * r, normal(r, k), normal(d, r)))
+            loras.append(Update(f"task_{j}", r, 2.0 * r, normal(r, k), normal(d, r)))
         name = f"model.layers.{i}.self_attn.q_proj.weight"
         yield Layer("", name, "base", normal(d, k), tuple(loras))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing a test remembers goes into the checkout's cache."""
+    os.environ["LOWRA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ the benchmark reads it. The number of LoRAs is whatever the columns hold, and ra
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +27,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lowra.bench.updates import Update, check_alpha, check_rank
+from lowra.digests import remembered
 from lowra.errors import LowraError
+from lowra.packages import require
 
 _LAYER_COLUMNS = ("layer_model", "layer_name", "pre_ft_name", "pre_ft_weight")
 _LORA_COLUMNS = ("name", "rank", "alpha", "A_weight", "B_weight")
@@ -33,31 +38,8 @@ _LORA_COLUMN = re.compile(r"^lora_(\d+)_(name|rank|alpha|A_weight|B_weight)$")
 
 
 @dataclass(frozen=True)
-class Lora:
-    """One LoRA update of one layer: M = (alpha / rank) B A.
-
-    A: (r, k) float32. B: (d, r) float32.
-    """
-
-    name: str
-    rank: int
-    alpha: float
-    A: Tensor
-    B: Tensor
-
-    @property
-    def scale(self) -> float:
-        """The factor alpha / r on B A."""
-        return self.alpha / self.rank
-
-    def delta(self) -> Tensor:
-        """The update M (d, k), computed in float32 as the paper does."""
-        return (self.B @ self.A).mul_(self.scale)  # (d, k)
-
-
-@dataclass(frozen=True)
 class Layer:
-    """One row: the pre-fine-tuning weight of a layer and the LoRA updates that were read with it.
+    """One row: the pre-fine-tuning weight of a layer and the updates that were read with it.
 
     model: the component ("" for single-component models). name: the checkpoint's key. weight: (d, k) float32.
     """
@@ -66,7 +48,7 @@ class Layer:
     name: str
     pre_ft_name: str
     weight: Tensor
-    loras: tuple[Lora, ...]
+    loras: tuple[Update, ...]
 
 
 @dataclass(frozen=True)
@@ -87,10 +69,20 @@ class LayerInfo:
 
 
 class LayerTable(Protocol):
-    """A readable subset: rows are layers, whatever they are stored in."""
+    """A readable subset: rows are layers, whatever they are stored in.
 
-    infos: tuple[LayerInfo, ...]
-    model_names: tuple[str, ...]
+    Tables can be pickled: in another process they open themselves again.
+    """
+
+    @property
+    def infos(self) -> tuple[LayerInfo, ...]:
+        """What is known of every layer without reading weights."""
+        ...
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names of the LoRAs, in the order of a layer's `loras`."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -99,7 +91,7 @@ class LayerTable(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A digest that changes when any weight does."""
+        """A digest that changes when any weight does. Raises LowraError for numbers that nothing can be done with."""
         ...
 
 
@@ -154,12 +146,13 @@ def _list_array(weight: Tensor, value_type: pa.DataType) -> pa.Array:
 def write_dataset(layers: Iterable[Layer], folder: Path, *, dtype: str = "float32") -> Path:
     """Write layers as one parquet file in `folder`, a row group per layer, streaming.
 
-    The folder appears only once it is complete: rows go to a temporary name that is renamed at the end.
-    dtype: "float32" or "float16", the stored precision. Returns `folder`.
+    The folder appears only once it is complete: rows go to a temporary folder, a process's own, that is renamed at the
+    end. dtype: "float32" or "float16", the stored precision. Returns `folder`.
+
+    The schema knows plain LoRA: of other kinds the alpha that gives the same scale is written.
     """
     value_type = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     partial.mkdir(parents=True)
     writer: pq.ParquetWriter | None = None
     names: tuple[str, ...] | None = None
@@ -178,7 +171,7 @@ def write_dataset(layers: Iterable[Layer], folder: Path, *, dtype: str = "float3
             for i, lora in enumerate(layer.loras):
                 columns[f"lora_{i}_name"] = pa.array([lora.name], pa.string())
                 columns[f"lora_{i}_rank"] = pa.array([lora.rank], pa.int64())
-                columns[f"lora_{i}_alpha"] = pa.array([lora.alpha], pa.float64())
+                columns[f"lora_{i}_alpha"] = pa.array([lora.lora_alpha], pa.float64())
                 columns[f"lora_{i}_A_weight"] = _list_array(lora.A, value_type)
                 columns[f"lora_{i}_B_weight"] = _list_array(lora.B, value_type)
             row = pa.table(columns)
@@ -187,37 +180,56 @@ def write_dataset(layers: Iterable[Layer], folder: Path, *, dtype: str = "float3
                 path = partial / "train-00000-of-00001.parquet"
                 writer = pq.ParquetWriter(path, row.schema, compression="none", use_dictionary=False)
             writer.write_table(row, row_group_size=1)
+        if writer is None:
+            raise LowraError("There are no layers to write; a subset needs at least one.")
+        writer.close()
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
     finally:
         if writer is not None:
             writer.close()
-    if names is None:
         shutil.rmtree(partial, ignore_errors=True)
-        raise LowraError("There are no layers to write; a subset needs at least one.")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
     return folder
 
 
 # ---- Reading ----------------------------------------------------------------------------------------------------
 
 
+class _Rows(Protocol):
+    """The rows of a stored data set; a backend a file format."""
+
+    columns: tuple[str, ...]
+    files: tuple[Path, ...]
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int, columns: Sequence[str]) -> pa.Table:
+        """One row, with these columns and no others decoded."""
+        ...
+
+    def all(self, columns: Sequence[str]) -> pa.Table:
+        """These columns of all rows: for small ones."""
+        ...
+
+
 class _ParquetRows:
-    """Rows of parquet files in name order; only the asked-for columns of the asked-for row are decoded."""
+    """Rows of parquet files in the order given; only the asked-for columns of the asked-for row are decoded."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
+        self.files = tuple(paths)
+        self._opened: list[pq.ParquetFile] = []
         self.places: list[tuple[pq.ParquetFile, int, int]] = []  # (file, row group, row in it)
         self.columns: tuple[str, ...] = ()
         self._open: tuple[pq.ParquetFile, int, tuple[str, ...], int, Iterator[pa.RecordBatch]] | None = None
         for path in paths:
-            try:
+            with _readable(str(path)):
                 file = pq.ParquetFile(path, memory_map=True)
-            except (pa.ArrowException, OSError) as error:
-                raise LowraError(f"{path} is not a readable parquet file ({error}); fetch or build it again.") from None
             columns = tuple(file.schema_arrow.names)
             if self.columns and columns != self.columns:
                 raise LowraError(f"{path} has other columns than the files before it; all shards must agree.")
             self.columns = columns
+            self._opened.append(file)
             for group in range(file.num_row_groups):
                 self.places += [(file, group, row) for row in range(file.metadata.row_group(group).num_rows)]
 
@@ -227,19 +239,29 @@ class _ParquetRows:
     def row(self, index: int, columns: Sequence[str]) -> pa.Table:
         file, group, row = self.places[index]
         wanted = tuple(columns)
-        if file.metadata.row_group(group).num_rows == 1:
-            return file.read_row_group(group, columns=list(wanted))
-        # Row groups of many layers (the published shards) are walked a row at a time; walking on from where the last
-        # read stopped makes a pass over all layers decode each of them once.
-        at = self._open
-        if at is None or at[:3] != (file, group, wanted) or at[3] > row:
-            at = (file, group, wanted, 0, file.iter_batches(1, row_groups=[group], columns=list(wanted)))
-        batches = at[4]
-        for _ in range(row - at[3]):
-            next(batches)
-        batch = next(batches)
-        self._open = (file, group, wanted, row + 1, batches)
-        return pa.Table.from_batches([batch])
+        with _readable(str(self.files[self._opened.index(file)])):
+            if file.metadata.row_group(group).num_rows == 1:
+                return file.read_row_group(group, columns=list(wanted))
+            # Row groups of many layers (the published shards) are walked a row at a time; walking on from where the
+            # last read stopped makes a pass over all layers decode each of them once.
+            at = self._open
+            if at is None or at[:3] != (file, group, wanted) or at[3] > row:
+                at = (file, group, wanted, 0, file.iter_batches(1, row_groups=[group], columns=list(wanted)))
+            batches = at[4]
+            for _ in range(row - at[3]):
+                next(batches)
+            batch = next(batches)
+            self._open = (file, group, wanted, row + 1, batches)
+            return pa.Table.from_batches([batch])
+
+    def all(self, columns: Sequence[str]) -> pa.Table:
+        tables = []
+        for path, file in zip(self.files, self._opened, strict=True):
+            with _readable(str(path)):
+                tables.append(file.read(columns=list(columns)))
+        if any(table.schema != tables[0].schema for table in tables):
+            raise LowraError(f"{self.files[0].parent} holds files whose columns differ in type; all shards must agree.")
+        return pa.concat_tables(tables)
 
 
 class _ArrowRows:
@@ -248,34 +270,54 @@ class _ArrowRows:
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset.with_format("arrow")
         self.columns = tuple(dataset.column_names)
+        self.files = tuple(Path(file["filename"]) for file in dataset.cache_files)
         self._views: dict[tuple[str, ...], Any] = {}
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def row(self, index: int, columns: Sequence[str]) -> pa.Table:
+    def _view(self, columns: Sequence[str]) -> Any:
         wanted = tuple(columns)
         if wanted not in self._views:
             self._views[wanted] = self.dataset.select_columns(list(wanted))
-        return self._views[wanted][index : index + 1]
+        return self._views[wanted]
+
+    def row(self, index: int, columns: Sequence[str]) -> pa.Table:
+        return self._view(columns)[index : index + 1]
+
+    def all(self, columns: Sequence[str]) -> pa.Table:
+        return self._view(columns)[:]
+
+
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turn Arrow's errors about a broken file into a sentence."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise LowraError(f"{what} is not a readable parquet file ({error}); fetch or build it again.") from None
 
 
 class StoredTable:
     """A subset in the LoWRA-Bench schema, opened lazily.
 
-    Opening reads names, ranks and the factors' shapes; weights are read layer by layer by `read`.
+    Opening reads and checks names, ranks, alphas and the first LoRA's factors, whose shapes are those of the layers;
+    weights are read layer by layer by `read`. reopen: the function and arguments that open it again, in a process that
+    unpickles the table. Raises LowraError, naming the layer, for rows that are no layers with LoRAs of the same models.
     """
 
-    def __init__(self, rows: _ParquetRows | _ArrowRows, where: str) -> None:
+    def __init__(self, rows: _Rows, where: str, reopen: tuple[Callable[..., StoredTable], tuple[Any, ...]]) -> None:
         self._rows = rows
         self._where = where
+        self._reopen = reopen
         self._loras = _lora_indices(rows.columns, where)
         if not len(rows):
             raise LowraError(f"{where} has no rows; expected one row per layer.")
-        self.infos = tuple(self._info(i) for i in range(len(rows)))
-        names = [f"lora_{i}_name" for i in self._loras]
-        first = self._rows.row(0, names)
-        self.model_names = tuple(str(first.column(name)[0].as_py()) for name in names)
+        small = [f"lora_{i}_{part}" for i in self._loras for part in ("name", "rank", "alpha")]
+        cells = rows.all(["layer_model", "layer_name", "pre_ft_name", *small]).to_pylist()
+        self.model_names = tuple(self._text(cells[0], f"lora_{i}_name") for i in self._loras)
+        self._alphas: list[tuple[float, ...]] = []  # per row
+        self.infos = tuple(self._info(index, row) for index, row in enumerate(cells))
         labels = [info.label for info in self.infos]
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
@@ -283,6 +325,14 @@ class StoredTable:
 
     def __len__(self) -> int:
         return len(self.infos)
+
+    def __reduce__(self) -> tuple[Callable[..., StoredTable], tuple[Any, ...]]:
+        return self._reopen
+
+    def _text(self, row: Mapping[str, Any], column: str) -> str:
+        if not isinstance(row[column], str) or not row[column]:
+            raise LowraError(f"{column} in {self._where} is {row[column]!r} in some row; expected a name.")
+        return row[column]
 
     def _tensor(self, row: pa.Table, column: str, label: str) -> Tensor:
         array = row.column(column).combine_chunks()
@@ -295,16 +345,26 @@ class StoredTable:
             )
         return tensor
 
-    def _info(self, index: int) -> LayerInfo:
-        ranks = [f"lora_{i}_rank" for i in self._loras]
-        names = ["layer_model", "layer_name", "pre_ft_name", *ranks]
+    def _info(self, index: int, cells: Mapping[str, Any]) -> LayerInfo:
+        name = self._text(cells, "layer_name")
+        where = f"of layer {name!r} in {self._where}"
+        names = tuple(self._text(cells, f"lora_{i}_name") for i in self._loras)
+        if names != self.model_names:
+            j = next(j for j, pair in enumerate(zip(names, self.model_names, strict=True)) if pair[0] != pair[1])
+            raise LowraError(
+                f"lora_{self._loras[j]}_name {where} is {names[j]!r}, and {self.model_names[j]!r} in the first row; a "
+                "LoRA's columns must hold the same model in every row."
+            )
+        ranks = tuple(check_rank(cells[f"lora_{i}_rank"], f"lora_{i}_rank {where}") for i in self._loras)
+        alphas = (cells[f"lora_{i}_alpha"] for i in self._loras)
+        checked = zip(self._loras, alphas, ranks, strict=True)
+        self._alphas.append(tuple(check_alpha(alpha, r, f"lora_{i}_alpha {where}") for i, alpha, r in checked))
         a, b = (f"lora_{self._loras[0]}_{part}" for part in ("A_weight", "B_weight"))
-        row = self._rows.row(index, [*names, a, b])  # small columns: the first LoRA's factors give the shape
-        cells = {name: row.column(name)[0].as_py() for name in names}
-        name = str(cells["layer_name"])
+        row = self._rows.row(index, [a, b])
         d, k = self._tensor(row, b, name).shape[0], self._tensor(row, a, name).shape[1]
-        model = str(cells["layer_model"] or "")
-        return LayerInfo(model, name, str(cells["pre_ft_name"]), d, k, tuple(int(cells[rank]) for rank in ranks))
+        if max(ranks) > min(d, k):
+            raise LowraError(f"Layer {name!r} is {d} x {k} and cannot hold a LoRA of rank {max(ranks)}.")
+        return LayerInfo(str(cells["layer_model"] or ""), name, str(cells["pre_ft_name"] or ""), d, k, ranks)
 
     def read(self, index: int, models: Sequence[int] | None = None) -> Layer:
         """Read one layer with the LoRAs asked for (positions in `model_names`; all by default).
@@ -312,52 +372,60 @@ class StoredTable:
         Raises LowraError when a factor's shape does not fit the weight or its stated rank.
         """
         info = self.infos[index]
-        wanted = [self._loras[m] for m in (range(len(self._loras)) if models is None else models)]
-        columns = [f"lora_{i}_{part}" for i in wanted for part in _LORA_COLUMNS]
+        chosen = range(len(self._loras)) if models is None else models
+        columns = [f"lora_{self._loras[m]}_{part}_weight" for m in chosen for part in "AB"]
         row = self._rows.row(index, ["pre_ft_weight", *columns])
         weight = self._tensor(row, "pre_ft_weight", info.label)
-        loras = []
-        for i in wanted:
+        d, k = weight.shape
+        updates = []
+        for m in chosen:
+            i, rank = self._loras[m], info.ranks[m]
             a = self._tensor(row, f"lora_{i}_A_weight", info.label)
             b = self._tensor(row, f"lora_{i}_B_weight", info.label)
-            rank = int(row.column(f"lora_{i}_rank")[0].as_py())
-            d, k = weight.shape
             if a.shape != (rank, k) or b.shape != (d, rank):
                 raise LowraError(
                     f"LoRA {i} of layer {info.label!r} does not fit in {self._where}: A is {tuple(a.shape)} and B "
                     f"{tuple(b.shape)}, but the weight is {(d, k)} and the rank {rank}, so A must be {(rank, k)} and "
                     f"B {(d, rank)}."
                 )
-            alpha = row.column(f"lora_{i}_alpha")[0].as_py()
-            name = str(row.column(f"lora_{i}_name")[0].as_py())
-            loras.append(Lora(name, rank, float(rank if alpha is None else alpha), a, b))
-        return Layer(info.model, info.name, info.pre_ft_name, weight, tuple(loras))
+            updates.append(Update(self.model_names[m], rank, self._alphas[index][m], a, b))
+        return Layer(info.model, info.name, info.pre_ft_name, weight, tuple(updates))
 
     def fingerprint(self) -> str:
-        """Read every layer once, refuse NaN and infinity, and digest all that was read (see `scan`)."""
-        return scan(self)
+        """What `scan` says of every layer; asked again only when a file has changed since the last time."""
+        if not self._rows.files:
+            return scan(self)
+        return remembered(f"scan {_SCAN}", self._rows.files, lambda: scan(self))
+
+
+_SCAN = 1
+"""Count up whenever `scan` refuses more, so that data that an older one let through is looked at again."""
 
 
 def scan(table: LayerTable) -> str:
-    """One validating pass over all layers: shapes fit, numbers are finite, ranks are possible. Returns a digest.
+    """One validating pass over all layers: shapes fit, numbers and merges are finite. Returns a digest.
 
     Raises LowraError, naming the layer, before any recovery has cost time.
     """
     digest = hashlib.sha256()
+    largest = torch.finfo(torch.float32).max
     for index, info in enumerate(tqdm(table.infos, desc="check data", unit="layer", delay=2, leave=False)):
         layer = table.read(index)
-        if max(info.ranks) > min(info.d, info.k):
-            raise LowraError(
-                f"Layer {info.label!r} is {info.d} x {info.k} and cannot hold a LoRA of rank {max(info.ranks)}."
-            )
-        digest.update(f"{info.label}|{info.ranks}|{[lora.alpha for lora in layer.loras]}".encode())
+        digest.update(f"{info.label}|{info.ranks}|{[update.alpha for update in layer.loras]}".encode())
         named = [("pre_ft_weight", layer.weight)]
-        for lora in layer.loras:
-            named += [(f"A of {lora.name}", lora.A), (f"B of {lora.name}", lora.B)]
+        for update in layer.loras:
+            named += [(f"A of {update.name}", update.A), (f"B of {update.name}", update.B)]
         for what, tensor in named:
             if not torch.isfinite(tensor).all():
                 raise LowraError(f"{what} of layer {info.label!r} contains NaN or infinity; mend or drop that model.")
             digest.update(tensor.numpy().data)
+        for update in layer.loras:
+            bound = update.rank * abs(update.scale) * float(update.A.abs().max()) * float(update.B.abs().max())
+            if not bound <= largest:
+                raise LowraError(
+                    f"The update of {update.name} of layer {info.label!r} is too large for float32: alpha is "
+                    f"{update.alpha:g}; mend or drop that model."
+                )
     return digest.hexdigest()[:16]
 
 
@@ -367,6 +435,8 @@ def _lora_indices(columns: Sequence[str], where: str) -> tuple[int, ...]:
     found: dict[int, set[str]] = {}
     for column in columns:
         if match := _LORA_COLUMN.match(column):
+            if str(int(match[1])) != match[1]:
+                raise LowraError(f"{where} has a column {column!r}; LoRAs are numbered without leading zeros.")
             found.setdefault(int(match[1]), set()).add(match[2])
     for i, parts in sorted(found.items()):
         missing += [f"lora_{i}_{part}" for part in _LORA_COLUMNS if part not in parts]
@@ -379,15 +449,27 @@ def _lora_indices(columns: Sequence[str], where: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def open_dataset(path: Path) -> StoredTable:
+# ---- Finding the files ------------------------------------------------------------------------------------------
+
+
+def open_dataset(path: Path, config: str | None = None, split: str = "train") -> StoredTable:
     """Open a folder of parquet files, one parquet file, or a `datasets.save_to_disk` folder.
 
-    Raises LowraError when nothing readable is there or the schema does not fit.
+    config: which of several configurations to take where `path` is a copy of a whole data set repository, a folder
+    each. split: which to take where the files' names tell splits apart.
+    Raises LowraError when nothing readable is there, when it is not clear which files belong together, or when the
+    schema does not fit.
     """
     path = Path(path)
-    if not path.exists():
+    reopen = (open_dataset, (path.absolute(), config, split))
+    try:
+        present = path.exists()
+    except OSError as error:  # a name longer than the file system allows
+        raise LowraError(f"{str(path)[:60]!r}... cannot be a folder ({error.strerror}).") from None
+    if not present:
         raise LowraError(f"{path} does not exist; expected a folder of parquet files or a save_to_disk folder.")
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+        require("Reading a save_to_disk folder", "datasets")
         from datasets import DatasetDict, load_from_disk
 
         try:
@@ -395,29 +477,84 @@ def open_dataset(path: Path) -> StoredTable:
         except Exception as error:
             raise LowraError(f"{path} is not a readable save_to_disk folder ({error}).") from None
         if isinstance(dataset, DatasetDict):
-            if "train" not in dataset:
-                raise LowraError(f"{path} has splits {', '.join(sorted(dataset))}; expected a split 'train'.")
-            dataset = dataset["train"]
-        return StoredTable(_ArrowRows(dataset), str(path))
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise LowraError(f"{path} holds no .parquet file; expected the LoWRA-Bench files or a save_to_disk folder.")
-    return StoredTable(_ParquetRows(files), str(path))
+            if split not in dataset:
+                raise LowraError(f"{path} has splits {', '.join(sorted(dataset))}; expected a split {split!r}.")
+            dataset = dataset[split]
+        return StoredTable(_ArrowRows(dataset), str(path), reopen)
+    files = parquet_files(path, config, split) if path.is_dir() else [path]
+    return StoredTable(_ParquetRows(files), str(path), reopen)
 
 
-def open_hub(repo: str, config: str) -> StoredTable:
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+_SHARD = re.compile(r"^(?P<name>.+?)-(?P<number>\d+)-of-(?P<total>\d+)$")
+
+
+def parquet_files(folder: Path, config: str | None, split: str) -> list[Path]:
+    """The parquet files of one table below a folder, in the order of their names.
+
+    Hidden files and folders (a leading dot or underscore) are left out. Raises LowraError, naming what was found, where
+    they are of several configurations (folders) and `config` is none of them, of other splits than `split`, or where
+    shards of the set are missing.
+    """
+    found = [
+        path
+        for path in sorted(folder.rglob("*.parquet"))
+        if path.is_file() and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+    ]
+    if not found:
+        raise LowraError(f"{folder} holds no .parquet file; expected the LoWRA-Bench files or a save_to_disk folder.")
+    homes = {path: path.parent.relative_to(folder) for path in found}
+    if len(set(homes.values())) > 1:
+        found = [path for path in found if config in homes[path].parts]
+        if len({homes[path] for path in found}) != 1:
+            listed = ", ".join(sorted({home.as_posix() for home in homes.values()}))
+            wanted = f"; {config!r} is not one of them" if config is not None else ""
+            raise LowraError(
+                f"{folder} holds parquet files in several folders ({listed}){wanted}. They are no single data set: "
+                "give source.path=FOLDER with one of them."
+            )
+    splits = {path: _split(path) for path in found}
+    if any(splits.values()):
+        listed = ", ".join(sorted({name or "files that name none" for name in splits.values()}))
+        if split not in splits.values():
+            raise LowraError(f"{folder} holds the splits {listed}, and not {split!r}; source.split=... chooses one.")
+        if None in splits.values():
+            raise LowraError(f"{folder} mixes splits: {listed}. Keep the files of one data set alone in a folder.")
+        found = [path for path in found if splits[path] == split]
+    sets: dict[tuple[str, int], set[int]] = {}
+    for path in found:
+        if match := _SHARD.match(path.stem):
+            sets.setdefault((match["name"], int(match["total"])), set()).add(int(match["number"]))
+    for (name, total), numbers in sets.items():
+        if len(sets) > 1 or numbers != set(range(total)):
+            raise LowraError(
+                f"{folder} holds {len(numbers)} of {total} shards {name}-...-of-{total:05d}.parquet and {len(found)} "
+                "files in all; expected one whole set. Fetch or copy it again."
+            )
+    return found
+
+
+def _split(path: Path) -> str | None:
+    """The split that a file's name tells, None where it tells none."""
+    match = _SHARD.match(path.stem)
+    name = match["name"] if match else path.stem
+    return name if name in _SPLITS else None
+
+
+def open_hub(repo: str, config: str, split: str = "train") -> StoredTable:
     """Fetch one configuration of a LoWRA-Bench data set from the Hugging Face Hub (memory-mapped after that).
 
     Raises LowraError naming the alternatives when the Hub cannot be reached.
     """
+    require("Fetching from the Hub", "datasets")
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(repo, config, split="train")
+        dataset = load_dataset(repo, config, split=split)
     except Exception as error:  # many kinds, all meaning that it cannot be had: offline, missing, refused
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise LowraError(
             f"Cannot get {repo} ({config}) from the Hugging Face Hub: {first} "
             "Use source=mini (built here, offline) or source.path=FOLDER with a local copy."
         ) from None
-    return StoredTable(_ArrowRows(dataset), f"{repo} ({config})")
+    return StoredTable(_ArrowRows(dataset), f"{repo} ({config})", (open_hub, (repo, config, split)))

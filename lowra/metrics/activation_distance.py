@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,19 +18,10 @@ from tqdm import tqdm
 
 from lowra.bench.images import SUFFIXES, image_processor, open_image, pixel_values
 from lowra.checkpoints.stored import StoredState, component_folder, with_weights
+from lowra.checks import Count, Name, OneOf, check_fields
+from lowra.digests import file_digest
 from lowra.errors import LowraError
-from lowra.metrics.base import (
-    REFERENCE,
-    TEXT_OR_NULL,
-    Weights,
-    check_settings,
-    digest,
-    file_digest,
-    kept,
-    one_of,
-    whole,
-    whole_file,
-)
+from lowra.metrics.base import REFERENCE, Weights, digest, whole_file
 from lowra.packages import require
 from lowra.quiet import quiet
 
@@ -46,11 +37,11 @@ class ActivationDistance:
     batch_size: images a forward pass. The preprocessed images stay in memory (3 GB at the paper's numbers).
     """
 
-    images: str | None
-    images_per_class: int
-    tokens: str
-    blocks: str
-    batch_size: int
+    images: Name | None
+    images_per_class: Count
+    tokens: Annotated[str, OneOf(("mean", "flatten"))]
+    blocks: Annotated[str, OneOf(("last", "all"))]
+    batch_size: Count
 
     column: ClassVar[str] = "act_dist"
     pretty: ClassVar[str] = "Act.-Dist."
@@ -59,15 +50,7 @@ class ActivationDistance:
 
     def ready(self) -> None:
         """Raise LowraError for settings that cannot be and missing packages."""
-        check_settings(
-            self,
-            "metrics.activation_distance",
-            images=TEXT_OR_NULL,
-            images_per_class=whole(1),
-            tokens=one_of(("mean", "flatten")),
-            blocks=one_of(("last", "all")),
-            batch_size=whole(1),
-        )
+        check_fields(self, "metrics.activation_distance")
         require("Act.-Dist.", "transformers", "torchvision")
 
     def check(self, base: str, evaluation: Path | None, device: torch.device) -> None:
@@ -116,7 +99,7 @@ class ActivationDistance:
         """The base model's activations on all images; `activation_distance_images.txt` in `artifacts` lists these."""
         paths = self.image_paths(evaluation)
         if artifacts is not None:
-            with whole_file(kept(self, artifacts) / "activation_distance_images.txt") as temporary:
+            with whole_file(artifacts / "activation_distance_images.txt") as temporary:
                 temporary.write_text("".join(f"{path.parent.name}/{path.name}\n" for path in paths))
         return ActivationScorer(self, component_folder(base), paths, device)
 

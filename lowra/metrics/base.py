@@ -8,16 +8,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
-
-from lowra.errors import LowraError, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +83,7 @@ class Metric(Protocol):
         """Load the base model and compute the reference outputs.
 
         evaluation: the builder's folder of evaluation inputs, None when the metric's own fields name them.
-        artifacts: a folder for kept outputs, this base's alone, or None to keep none.
+        artifacts: a folder for kept outputs, of this base, these inputs and settings alone; None keeps none.
         """
         ...
 
@@ -105,74 +101,12 @@ def settings(metric: Any) -> dict[str, Any]:
     return {f.name: getattr(metric, f.name) for f in dataclasses.fields(metric) if f.name not in places}
 
 
-def kept(metric: Any, artifacts: Path) -> Path:
-    """The folder of a metric's outputs at its present settings: those of other settings are never taken for them."""
-    return artifacts / digest(type(metric).__qualname__, settings(metric))
-
-
-# ---- Settings ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a setting may be: a test, and the words that say it."""
-
-    expected: str
-    accepts: Callable[[Any], bool]
-    known: tuple[str, ...] = ()
-
-
-def whole(low: int, high: int | None = None) -> Rule:
-    """A whole number from `low` to `high`."""
-    upper = math.inf if high is None else high
-    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
-    return Rule(f"a whole number {limits}", lambda value: type(value) is int and low <= value <= upper)
-
-
-def number(expected: str, accepts: Callable[[float], bool]) -> Rule:
-    """A finite number, whole or not, with a condition; `expected` says both."""
-    return Rule(expected, lambda v: type(v) in (int, float) and math.isfinite(v) and accepts(v))
-
-
-def one_of(known: Iterable[str]) -> Rule:
-    """One of these names."""
-    names = tuple(known)
-    return Rule("", lambda value: isinstance(value, str) and value in names, names)
-
-
-SEED = whole(0, 2**63 - 1)
-FLAG = Rule("true or false", lambda value: type(value) is bool)
-TEXT = Rule("a text", lambda value: isinstance(value, str) and value != "")
-TEXT_OR_NULL = Rule("a path, or null", lambda value: value is None or (isinstance(value, str) and value != ""))
-
-
-def check_settings(metric: Any, prefix: str, **rules: Rule) -> None:
-    """Raise LowraError for the first setting that breaks its rule, under the name that the command line knows.
-
-    Every field has a rule: one without is a bug of ours.
-    """
-    assert rules.keys() == {field.name for field in dataclasses.fields(metric)}
-    for name, rule in rules.items():
-        value = getattr(metric, name)
-        if rule.accepts(value):
-            continue
-        if rule.known:
-            raise unknown(f"{prefix}.{name}", value, rule.known)
-        raise LowraError(f"{prefix}.{name} is {value!r}; expected {rule.expected}.")
-
-
 # ---- Digests and files ------------------------------------------------------------------------------------------
 
 
 def digest(*parts: Any) -> str:
     """Sixteen hex digits of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    """Sixteen hex digits of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 @contextmanager

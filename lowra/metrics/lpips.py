@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 from urllib.error import URLError
 
 import torch
@@ -31,28 +31,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowra.checkpoints.stored import component_folder, load_state_dict, with_weights
+from lowra.checks import Count, Name, OneOf, Range, Seed, Weight, check_fields
+from lowra.digests import file_digest
 from lowra.errors import LowraError
-from lowra.metrics.base import (
-    REFERENCE,
-    SEED,
-    TEXT,
-    TEXT_OR_NULL,
-    Weights,
-    check_settings,
-    digest,
-    file_digest,
-    kept,
-    number,
-    one_of,
-    whole,
-    whole_file,
-    write_json,
-)
+from lowra.metrics.base import REFERENCE, Weights, digest, whole_file, write_json
 from lowra.packages import require
 from lowra.quiet import quiet
 
 RESOLUTION = 224
-_TRUNKS = ("imagenet", "random")
 _TRUNK_SEED = 0
 GRID_ROWS = 12  # prompts in a grid of pictures: what a page can show
 
@@ -68,15 +54,15 @@ class Lpips:
     steps, guidance, seed, batch_size: of the generation; start latents come from the seed.
     """
 
-    net: str
-    trunk: str
-    trunk_path: str | None
-    captions: str
-    n_prompts: int
-    steps: int
-    guidance: float
-    seed: int
-    batch_size: int
+    net: Annotated[str, OneOf(tuple(_WEIGHTS))]
+    trunk: Annotated[str, OneOf(("imagenet", "random"))]
+    trunk_path: Name | None
+    captions: Name
+    n_prompts: Count
+    steps: Annotated[int, Range(1, 1000)]  # Stable Diffusion's noise schedule has 1000 to choose from
+    guidance: Weight
+    seed: Seed
+    batch_size: Count
 
     column: ClassVar[str] = "lpips"
     kinds: ClassVar[tuple[str, ...]] = ("text_to_image",)
@@ -92,19 +78,7 @@ class Lpips:
 
         What has to be downloaded is: better now than after hours of recovery.
         """
-        check_settings(
-            self,
-            "metrics.lpips",
-            net=one_of(_WEIGHTS),
-            trunk=one_of(_TRUNKS),
-            trunk_path=TEXT_OR_NULL,
-            captions=TEXT,
-            n_prompts=whole(1),
-            steps=whole(1, 1000),  # Stable Diffusion's noise schedule has 1000 steps to choose from
-            guidance=number("a number of at least 0", lambda value: value >= 0),
-            seed=SEED,
-            batch_size=whole(1),
-        )
+        check_fields(self, "metrics.lpips")
         require("LPIPS", "diffusers", "transformers", "lpips", "torchvision")
         if self.trunk == "imagenet":
             load_trunk(self.net, self.trunk_path)
@@ -131,7 +105,7 @@ class Lpips:
 
         headings = list(columns.values())
         out = folder / "images.png"
-        return [write_grid(kept(self, artifacts), list(columns), out, title, GRID_ROWS, headings)]
+        return [write_grid(artifacts, list(columns), out, title, GRID_ROWS, headings)]
 
     def read_prompts(self, evaluation: Path | None) -> list[str]:
         """All prompts of the builder's `prompts.json`, or the first `n_prompts` COCO captions.
@@ -281,7 +255,7 @@ class LpipsScorer:
         self.settings = settings
         self.prompts = list(prompts)
         self.device = device
-        self.folder = kept(settings, artifacts) if artifacts is not None else None
+        self.artifacts = artifacts
         with quiet():
             self.pipeline = StableDiffusionPipeline.from_pretrained(
                 base, safety_checker=None, requires_safety_checker=False
@@ -294,8 +268,8 @@ class LpipsScorer:
             generator=torch.Generator().manual_seed(settings.seed),
         )
         self.judge = Judge(settings.net, settings.trunk, settings.trunk_path, device)
-        if self.folder is not None:
-            write_json(self.folder / "prompts.json", self.prompts)
+        if artifacts is not None:
+            write_json(artifacts / "prompts.json", self.prompts)
         # Half of a score is the reference's features, so they are kept: 24 MB a picture for VGG.
         self.reference = [self.judge.features(batch) for batch in self._batches(self.draw({}, REFERENCE))]
 
@@ -328,9 +302,9 @@ class LpipsScorer:
             ).images  # (b, 3, H, W) in [0, 1]
             pictures.append((images * 255).round().to(torch.uint8).cpu())
         drawn = torch.cat(pictures)
-        if self.folder is not None and label is not None:
+        if self.artifacts is not None and label is not None:
             for i, picture in enumerate(drawn):
-                with whole_file(self.folder / label / f"{i:03d}.png") as temporary:
+                with whole_file(self.artifacts / label / f"{i:03d}.png") as temporary:
                     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary)
         return drawn
 

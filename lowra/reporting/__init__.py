@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from lowra.reporting.views import View
 
 
+NAMES = (
+    *("cumulative", "by_models", "semantic_by_models", "predicted"),
+    *("iterations", "error_against_loss", "error_against_score"),
+)
+"""The figures of a folder by the stem of their files: `figures.FIGURES`, which takes matplotlib to look at."""
+
+
 def write(records: Records, folder: Path, *, methods_order: Sequence[str] | None = None, figures: bool = True) -> str:
     """Write the views of some records into a folder; returns the text for the terminal.
 
@@ -40,7 +47,7 @@ def write(records: Records, folder: Path, *, methods_order: Sequence[str] | None
             parts.append(f"## {markdown_text(view.heading)}")
         parts += [markdown_caption(view.caption), tables.markdown(table)]
     explained = tables.legend(found)
-    parts.append(markdown_text(explained))
+    parts += [markdown_text(sentence) for sentence in (explained, *records.notes)]
     for view in found:
         if len(found) > 1:
             parts.append(f"## {markdown_text(view.heading)}: figures, types, depths")
@@ -57,7 +64,7 @@ def write(records: Records, folder: Path, *, methods_order: Sequence[str] | None
         + "\n".join(tables.latex(tables.main_table(v), v.caption, slug(v.heading).lower()) for v in found),
     )
     files = "table.md (.tex, .csv), layers.parquet, trials.parquet"
-    return f"{_terminal(found)}\nWritten to {folder}: {files}."
+    return f"{_terminal(records, found)}\nWritten to {folder}: {files}."
 
 
 def text(records: Records, *, methods_order: Sequence[str] | None = None) -> str:
@@ -66,14 +73,14 @@ def text(records: Records, *, methods_order: Sequence[str] | None = None) -> str
     from lowra.reporting.views import views
 
     found = views(records, methods_order)
-    return f"{_terminal(found)}\n\nWhere the records came from:\n\n{tables.plain(tables.provenance(found))}"
+    return f"{_terminal(records, found)}\n\nWhere the records came from:\n\n{tables.plain(tables.provenance(found))}"
 
 
-def _terminal(found: Sequence[View]) -> str:
+def _terminal(records: Records, found: Sequence[View]) -> str:
     from lowra.reporting import tables
 
     parts = [part for view in found for part in (view.caption.replace("**", ""), tables.plain(tables.main_table(view)))]
-    return "\n\n".join(["", *parts, tables.legend(found)])
+    return "\n\n".join(["", *parts, tables.legend(found), *records.notes])
 
 
 def _figures(found: Sequence[View], folder: Path, wanted: bool) -> dict[str, list[str]]:
@@ -90,7 +97,7 @@ def _figures(found: Sequence[View], folder: Path, wanted: bool) -> dict[str, lis
                 kept |= set(paths)
                 if paths:
                     drawn[view.slug].append(stem)
-    for name in ("cumulative", "by_models", "semantic_by_models", "predicted"):
+    for name in NAMES:
         for kind in ("png", "svg"):
             for path in [folder / f"{name}.{kind}", *folder.glob(f"{name}_*.{kind}")]:
                 if path not in kept:

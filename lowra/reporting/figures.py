@@ -6,6 +6,7 @@ that a print in grey can be read; legends above the axes, off the curves; no mat
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -254,11 +255,139 @@ def histogram(views: Sequence[View]) -> Figure | None:
     return figure
 
 
+def iterations(views: Sequence[View]) -> Figure | None:
+    """W-Error against the iteration, for methods that kept a history (the form of Fig. 5).
+
+    The mean over layers and draws, with their standard deviation as a band; methods without a history are level lines.
+    """
+    view = views[0]
+    if not len(view.history) or "w_error" not in view.history:
+        return None
+    history = view.history[view.history["w_error"].notna()]
+    n = int(history["n_loras"].min())
+    history, chosen = history[history["n_loras"] == n], view.at(n)
+    figure, axes = _figure(3.2, f"{view.heading}, n = {n}")
+    last = int(history["step"].max()) + 1
+    for i, row in enumerate(view.rows):
+        looks = look(i)
+        steps = history[history["row"] == row].groupby("step")["w_error"]
+        if steps.ngroups:
+            mean, deviation = steps.mean(), steps.std().fillna(0)
+            axes.plot(mean.index + 1, mean, markevery=max(1, len(mean) // 8), ms=4, label=plot_text(row), **looks)
+            axes.fill_between(
+                mean.index + 1, mean - deviation, mean + deviation, color=looks["color"], alpha=0.15, lw=0
+            )
+        elif row in chosen.rows and view.is_plain(row) and view.method(row) in BASELINES:
+            level = chosen.trials.loc[chosen.trials["row"] == row, "w_error"].mean()
+            axes.plot([1, last], [level, level], markevery=[], label=plot_text(row), **looks)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("W-Error (log10 MSE); band: deviation over layers")
+    _legend(figure, axes)
+    return figure
+
+
+def _correlated(
+    title: str, x: pd.Series, y: pd.Series, x_name: str, y_name: str, label: str, row: int
+) -> Figure | None:
+    if len(x) < 3 or x.nunique() < 2 or y.nunique() < 2:
+        return None
+    figure, axes = _figure(3.6, title)
+    looks = look(row)
+    correlation = float(np.corrcoef(x, y)[0, 1])
+    axes.plot(
+        x, y, looks["marker"], ms=4, alpha=0.6, color=looks["color"], label=f"{label} (correlation {correlation:.3f})"
+    )
+    axes.set(xlabel=x_name, ylabel=y_name)
+    _legend(figure, axes)
+    return figure
+
+
+def error_against_loss(views: Sequence[View]) -> Figure | None:
+    """W-Error against the logarithm of the loss over the iterations, with the correlation (the form of Fig. 12).
+
+    A point per iteration: the means over layers. Of the row whose history is shortest: the paper shows 200 iterations.
+    """
+    view = views[0]
+    if not len(view.history) or not {"w_error", "loss"} <= set(view.history):
+        return None
+    history = view.history[(view.history["loss"] > 0) & view.history["w_error"].notna()]
+    if history.empty:
+        return None
+    row = history.groupby("row")["step"].max().idxmin()
+    history = history[history["row"] == row]
+    history = history[history["n_loras"] == history["n_loras"].min()]
+    points = history.assign(log_loss=np.log10(history["loss"])).groupby("step")[["log_loss", "w_error"]].mean()
+    return _correlated(
+        f"{view.heading}, n = {history['n_loras'].iloc[0]}",
+        points["log_loss"],
+        points["w_error"],
+        "log10 of the loss, mean over layers",
+        "W-Error (log10 MSE)",
+        f"{plot_text(row, 40)}, {len(points)} iterations",
+        view.rows.index(row),
+    )
+
+
+def error_against_score(views: Sequence[View]) -> Figure | None:
+    """W-Error against the semantic score over the iterations, with the correlation (the form of Fig. 13).
+
+    A point per number of iterations after which the method was stopped (its option `stop_after`).
+    """
+    view = views[0]
+    stopped = [row for row in view.rows if view.options(row).get("stop_after") is not None]
+    points = view.trials[view.trials["row"].isin(stopped)]
+    for column, heading in view.columns.items():
+        scored = points[points[column].notna() & points["w_error"].notna()]
+        means = scored.groupby("row")[[column, "w_error"]].mean()
+        figure = _correlated(
+            view.heading,
+            means[column],
+            means["w_error"],
+            plot_text(heading),
+            "W-Error (log10 MSE)",
+            f"{len(means)} numbers of iterations",
+            0,
+        )
+        if figure is not None:
+            return figure
+    return None
+
+
+BASELINES = ("lora_ft", "mean_lora")
+
+
+def all_subsets(views: Sequence[View]) -> Figure | None:
+    """W-Error of one method against the number of models, a line per subset (Fig. 7); None without a sweep.
+
+    The method is the paper's; where it was not run, the first row of each view.
+    """
+    swept = [view for view in views if view.trials["n_loras"].nunique() > 1 and view.trials["w_error"].notna().any()]
+    if not swept:
+        return None
+    figure, axes = _figure(3.2, f"source={swept[0].source}")
+    numbers: set[int] = set()
+    for i, view in enumerate(swept):
+        plain = [row for row in view.rows if view.is_plain(row)] or list(view.rows)
+        row = next((row for row in plain if view.method(row) == "spectral_detuning"), plain[0])
+        groups = view.trials[view.trials["row"] == row].groupby("n_loras")["w_error"]
+        mean, deviation = groups.mean(), groups.std().fillna(0)
+        numbers |= {int(n) for n in mean.index}
+        label = f"{plot_text(view.title)}: {plot_text(row)}"
+        axes.errorbar(mean.index, mean, deviation, ms=4, capsize=2, elinewidth=0.8, label=label, **look(i))
+    _count_axis(axes, sorted(numbers))
+    axes.set_ylabel("W-Error (log10 MSE)")
+    _legend(figure, axes)
+    return figure
+
+
 FIGURES: dict[str, Draw] = {
     "cumulative": cumulative,
     "by_models": by_models,
     "semantic_by_models": semantic_by_models,
     "predicted": predicted,
+    "iterations": iterations,
+    "error_against_loss": error_against_loss,
+    "error_against_score": error_against_score,
 }
 """The figures of every run's folder, each where the records have the numbers for it."""
 
@@ -279,3 +408,15 @@ def save(draw: Draw, views: Sequence[View], stem: Path) -> list[Path]:
             paths.append(path)
         plt.close(figure)
         return paths
+
+
+def svg(draw: Draw, views: Sequence[View]) -> bytes | None:
+    """A figure as the bytes of an SVG, None where the records have no numbers for it."""
+    with style():
+        figure = draw(views)
+        if figure is None:
+            return None
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+        return buffer.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -131,31 +132,43 @@ def breakdown(view: View, by: str) -> pd.DataFrame:
 
 
 def provenance(views: Sequence[View]) -> pd.DataFrame:
-    """Which records came from where: one line per folder, command and machine."""
+    """Which records came from where: one line per folder (where there are several), command and machine."""
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
     for view in views:
         for (folder, key), mine in view.layers.groupby(["folder", "context"], sort=False):
             context = view.contexts.get(key) or {}
-            machine, versions = machine_text(context), versions_text(context)
-            line = lines.setdefault(
-                (str(folder), str(context.get("command")), machine, versions),
-                {"folder": str(folder), "methods": {}, "records": 0},
-            )
+            line: dict[str, Any] = {
+                "folder": short_folder(folder),
+                "command": str(context.get("command") or "unknown"),
+                "machine": machine_text(context),
+                "versions": versions_text(context),
+            }
+            line = lines.setdefault(tuple(line.values()), line | {"methods": {}, "records": 0, "newest": ""})
             line["methods"] |= dict.fromkeys(mine["row"])
             line["records"] += len(mine)
-            line |= {"command": str(context.get("command") or "unknown"), "machine": machine, "versions": versions}
-            line["newest"] = max(str(line.get("newest", "")), str(mine["finished"].max()))
+            line["newest"] = max(line["newest"], str(mine["finished"].max())[:16])
     table = pd.DataFrame([line | {"methods": ", ".join(line["methods"])} for line in lines.values()])
     order = ["folder", "methods", "records", "newest", "command", "machine", "versions"]
-    return table[order].astype(str)
+    return table[order if table["folder"].nunique() > 1 else order[1:]].astype(str)
+
+
+def short_folder(folder: object) -> str:
+    """A folder as seen from here, or its last parts: where it lies on this machine is nobody else's business."""
+    path = Path(str(folder))
+    if path.is_absolute():
+        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(*path.parts[-3:])
+    return path.as_posix()
 
 
 def machine_text(context: Mapping[str, Any]) -> str:
     """The machine of a command in a few words."""
     machine = context.get("machine") or {}
-    known = [f"{v} {k}" if isinstance(v, int) else str(v) for k, v in machine.items() if v not in (None, "")]
-    threads = context.get("threads")
-    return ", ".join(known + ([count(int(threads), "thread")] if isinstance(threads, int) else [])) or "unknown"
+    facts = [str(machine["processor"])] if machine.get("processor") else []
+    facts += [count(int(machine["cores"]), "core")] if machine.get("cores") else []
+    facts += [str(gpu) for gpu in dict.fromkeys(machine.get("gpus") or [])]
+    if context.get("threads"):
+        facts.append(f"{count(int(context.get('jobs') or 1), 'process', 'processes')} of {context['threads']} threads")
+    return ", ".join(facts) or "unknown"
 
 
 def versions_text(context: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ data set, one precision and order of merging, one grant of the rank and one seed
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +17,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lowra.records import Records, trials
+from lowra.records import LAYER_NAME, SETTING, Records, trials
 from lowra.reporting.escape import clean, slug
 from lowra.reporting.numbers import count
 from lowra.reporting.paper import paper_numbers
 
-SETTING = ("subset", "source", "data", "merge_dtype", "merge_order", "knows_rank", "seed")
-LAYER = ["layer_model", "layer_name"]
+LAYER = list(LAYER_NAME)
+
+ORDERS = {
+    "twice": "each update rounded before it is added",
+    "once, 1 foreign": "one of the models is of another base",
+}
+"""Orders of merging in words; others are shown as they are."""
 
 WRONG = 1.0  # decades by which a certified layer may miss what its method predicts before the certificate is wrong
 
@@ -32,8 +38,8 @@ class View:
     """The records of one setting. Every frame has a column `row`, the name under which its variant is shown.
 
     rows: those names, in the order of tables and legends. columns: the semantic metrics' columns and their headings.
-    layer_count: the layers known of this setting; a draw with fewer is a partial one. slug: "" if the view is the only
-    one of a report, else a part for file names that tells it from the others.
+    layer_count: the layers known of this setting; a draw with fewer is a partial one. slug: a part for file names that
+    tells the view from the others of a report; "" for the only one, and for the one in the paper's setting.
     """
 
     layers: pd.DataFrame
@@ -59,7 +65,8 @@ class View:
     @property
     def context(self) -> dict[str, Any]:
         """What is known of the command that made the newest of the records."""
-        return max(self.contexts.values(), key=lambda c: str(c.get("started", "")), default={})
+        newest = self.layers.loc[self.layers["finished"].idxmax(), "context"]
+        return self.contexts.get(newest) or {}
 
     @property
     def title(self) -> str:
@@ -77,7 +84,7 @@ class View:
         if self.setting["merge_dtype"] != "float32":
             words.append(f"merges stored in {self.setting['merge_dtype']}")
         if self.setting["merge_order"] != "once":
-            words.append("updates rounded before they are added")
+            words.append(ORDERS.get(self.setting["merge_order"], str(self.setting["merge_order"])))
         if not self.setting["knows_rank"]:
             words.append("rank not given")
         if self.setting["seed"] != 0:
@@ -101,13 +108,13 @@ class View:
         if self.setting["merge_dtype"] != "float32":
             text += f" Merged weights stored in {self.setting['merge_dtype']} (the paper's are float32)."
         if self.setting["merge_order"] != "once":
-            text += " Each update was rounded to that precision before it was added, and the sum again."
+            order = self.setting["merge_order"]
+            text += f" Merges: {ORDERS.get(order, order)}."
         if not self.setting["knows_rank"]:
             text += " The LoRA rank is not given to the methods."
         if self.setting["seed"] != 0:
             text += f" Draws of seed {self.setting['seed']}."
-        notes = {str((c.get("config") or {}).get("note") or "") for c in self.contexts.values()} - {""}
-        return " ".join([text, *sorted(notes)])
+        return " ".join([text, *self.notes])
 
     @functools.cached_property
     def numbers(self) -> pd.DataFrame:
@@ -149,6 +156,22 @@ class View:
         first = self.layers[self.layers["row"] == row].iloc[0]
         return str(first["label"]) == str(first["pretty"])
 
+    def options(self, row: str) -> dict[str, Any]:
+        """The options of a row's method."""
+        text = self.layers.loc[self.layers["row"] == row, "options"].iloc[0]
+        found = json.loads(text) if isinstance(text, str) and text else {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the commands that made the records say of their data, where it is special."""
+        return tuple(sorted({str(context.get("note") or "") for context in self.contexts.values()} - {""}))
+
+    @property
+    def is_papers_setting(self) -> bool:
+        """Whether data, merges, grant of the rank and seed are the paper's (at any source)."""
+        return not self.deviations() and not self.notes
+
 
 def draw_name(models: Sequence[int]) -> str:
     """The models of a draw as a text: draws are the same if their models are."""
@@ -158,8 +181,8 @@ def draw_name(models: Sequence[int]) -> str:
 def views(records: Records, methods_order: Sequence[str] | None = None) -> list[View]:
     """One view for each setting, in the order of subset, source and setting; [] if there are no records.
 
-    methods_order: config keys of methods in the order of their rows, by default the order in which the commands that
-    made the records list them; the others follow as they first appear.
+    methods_order: labels of variants or config keys of methods in the order of their rows, by default the order in
+    which the commands that made the records list the methods; the others follow as they first appear.
     """
     layers = records.layers
     if layers.empty:
@@ -183,10 +206,14 @@ def views(records: Records, methods_order: Sequence[str] | None = None) -> list[
                 identity[_same(identity, setting)][["variant", "device", "row"]], on=["variant", "device"], how="left"
             )
             history = history.assign(draw=history["models"].map(draw_name))
-        methods = known + [m for m in dict.fromkeys(part["method"]) if m not in known]
         firsts = part.drop_duplicates("row").set_index("row")
+        names = known + [m for m in dict.fromkeys(part["method"]) if m not in known]
         plain = firsts["label"] == firsts["pretty"]
-        rows = sorted(firsts.index, key=lambda row: (methods.index(firsts["method"][row]), not plain[row], row))
+        place = {
+            row: names.index(first["label"] if first["label"] in names else first["method"])
+            for row, first in firsts.iterrows()
+        }
+        rows = sorted(firsts.index, key=lambda row: (place[row], not plain[row], row))
         found.append(
             View(
                 part,
@@ -231,13 +258,15 @@ def _row_names(layers: pd.DataFrame) -> pd.Series:
 
 
 def _with_slugs(found: list[View]) -> list[View]:
-    """Name what differs between the views of one report, for file names; one view needs no name."""
+    """Name what differs between the views of one report, for file names; the paper's setting needs no name."""
     if len(found) < 2:
         return found
     differs = [c for c in SETTING if len({str(view.setting[c]) for view in found}) > 1]
     words = {"knows_rank": {True: "rank-known", False: "rank-unknown"}}
 
     def name(view: View) -> str:
+        if view.is_papers_setting and sum(each.is_papers_setting for each in found) == 1:
+            return ""
         parts = [words.get(c, {}).get(view.setting[c], view.setting[c]) for c in differs]
         return "_".join(slug(part) for part in parts)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from conftest import planted_layers
 
-from lowra.bench.schema import Layer, Lora, open_dataset, open_hub, to_tensor, write_dataset
+from lowra.bench.schema import Layer, StoredTable, open_dataset, open_hub, to_tensor, write_dataset
+from lowra.bench.updates import Update
 from lowra.errors import LowraError
 
 
@@ -153,7 +155,7 @@ def test_missing_columns_are_named(tmp_path: Path) -> None:
 
 def test_factors_that_do_not_fit(tmp_path: Path) -> None:
     (layer,) = planted_layers(layers=1)
-    bad = Lora("task_1", 2, 2.0, torch.zeros(2, 23), layer.loras[1].B)
+    bad = Update("task_1", 2, 2.0, torch.zeros(2, 23), layer.loras[1].B)
     loras = (layer.loras[0], bad, *layer.loras[2:])
     table = open_dataset(write_dataset([Layer("", layer.name, "base", layer.weight, loras)], tmp_path / "d"))
     with pytest.raises(LowraError, match=r"LoRA 1 of layer .* does not fit .*A is \(2, 23\)"):
@@ -170,9 +172,177 @@ def test_numbers_that_are_not_finite(tmp_path: Path, value: float) -> None:
 
 
 def test_rank_above_the_layer(tmp_path: Path) -> None:
-    table = open_dataset(write_dataset(planted_layers(layers=1, d=6, k=5, ranks=(7,)), tmp_path / "d"))
+    write_dataset(planted_layers(layers=1, d=6, k=5, ranks=(7,)), tmp_path / "d")
     with pytest.raises(LowraError, match="is 6 x 5 and cannot hold a LoRA of rank 7"):
-        table.fingerprint()
+        open_dataset(tmp_path / "d")
+
+
+# ---- Numbers that are none: refused on opening ------------------------------------------------------------------
+
+
+def write_rows(columns: dict[str, list[object]], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path.parent
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("rank", ["2", "2", "2"], r"lora_1_rank of layer .* is '2'; expected a whole number"),
+        ("rank", [2, None, 2], "lora_1_rank of layer .*layers.1.* is missing; expected a whole number"),
+        ("rank", [[2], [2], [2]], r"lora_1_rank of layer .* is \[2\]"),
+        ("rank", [2, 2, 0], "lora_1_rank of layer .*layers.2.* is 0"),
+        ("alpha", ["4", "4", "4"], "lora_1_alpha of layer .* is '4'; expected a finite number"),
+        ("alpha", [4.0, None, 4.0], "lora_1_alpha of layer .*layers.1.* is missing"),
+        ("alpha", [[4.0], [4.0], [4.0]], r"lora_1_alpha of layer .* is \[4.0\]"),
+        ("alpha", [4.0, float("nan"), 4.0], "lora_1_alpha .* is nan"),
+        ("alpha", [4.0, float("inf"), 4.0], "lora_1_alpha .* is inf"),
+        ("alpha", [4.0, 4.0, 1e300], r"lora_1_alpha .* is 1e\+300"),
+        ("name", ["task_1", None, "task_1"], "lora_1_name in .* is None in some row"),
+    ],
+)
+def test_ranks_alphas_and_names_are_checked_on_opening(
+    column: str, values: list[object], message: str, tmp_path: Path
+) -> None:
+    columns = rows(list(planted_layers()), lambda t: t.tolist())
+    folder = write_rows(columns | {f"lora_1_{column}": values}, tmp_path / "d" / "x.parquet")
+    with pytest.raises(LowraError, match=message):
+        open_dataset(folder)
+
+
+def test_an_update_that_float32_cannot_hold(tmp_path: Path) -> None:
+    columns = rows(list(planted_layers()), lambda t: t.tolist())
+    columns["lora_1_A_weight"][1] = (1e4 * planted(1).loras[1].A).tolist()
+    folder = write_rows(columns | {"lora_1_alpha": [4.0, 1e38, 4.0]}, tmp_path / "d" / "x.parquet")
+    with pytest.raises(LowraError, match=r"update of task_1 of layer .* is too large for float32: alpha is 1e\+38"):
+        open_dataset(folder).fingerprint()
+
+
+def planted(index: int) -> Layer:
+    return list(planted_layers())[index]
+
+
+def test_columns_with_leading_zeros(tmp_path: Path) -> None:
+    columns = rows(list(planted_layers()), lambda t: t.tolist())
+    named = {key.replace("lora_1_", "lora_007_"): value for key, value in columns.items()}
+    with pytest.raises(LowraError, match="has a column 'lora_007_name'; LoRAs are numbered without leading zeros"):
+        open_dataset(write_rows(named, tmp_path / "d" / "x.parquet"))
+
+
+def test_names_swapped_between_rows(tmp_path: Path) -> None:
+    columns = rows(list(planted_layers()), lambda t: t.tolist())
+    for i, name in ((0, "task_1"), (1, "task_0")):
+        columns[f"lora_{i}_name"][2] = name
+    with pytest.raises(LowraError, match=r"lora_0_name of layer .*layers\.2.* is 'task_1', and 'task_0' in the first"):
+        open_dataset(write_rows(columns, tmp_path / "d" / "x.parquet"))
+
+
+# ---- Which files belong together --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts() -> list[pa.Table]:
+    """Two parquet tables of one data set, three layers each."""
+    tables = []
+    for half in (0, 1):
+        columns = rows(list(planted_layers(layers=6))[3 * half : 3 * half + 3], lambda t: t.tolist())
+        tables.append(pa.table(columns))
+    return tables
+
+
+def lay_out(parts: list[pa.Table], folder: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(parts[i % 2], folder / name)
+    return folder
+
+
+def test_shards_are_one_table(parts: list[pa.Table], tmp_path: Path) -> None:
+    lay_out(parts, tmp_path, "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet")
+    assert len(open_dataset(tmp_path)) == 6
+
+
+def test_another_split_is_left_out(parts: list[pa.Table], tmp_path: Path) -> None:
+    lay_out(parts, tmp_path, "train-00000-of-00001.parquet", "test-00000-of-00001.parquet")
+    assert [info.name[13] for info in open_dataset(tmp_path).infos] == ["0", "1", "2"]
+    assert [info.name[13] for info in open_dataset(tmp_path, split="test").infos] == ["3", "4", "5"]
+    with pytest.raises(LowraError, match="holds the splits test, train, and not 'dev'; source"):
+        open_dataset(tmp_path, split="dev")
+
+
+def test_hidden_files_are_left_out(parts: list[pa.Table], tmp_path: Path) -> None:
+    lay_out(parts, tmp_path, "a.parquet", ".ipynb_checkpoints/b.parquet", "_old/b.parquet", ".b.parquet")
+    (tmp_path / ".b.parquet").write_bytes(b"")
+    assert len(open_dataset(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("vit/a.parquet", "sd/b.parquet"), r"in several folders \(sd, vit\).*give source.path=FOLDER"),
+        (("train.parquet", "extra.parquet"), "mixes splits: files that name none, train"),
+        (("train-00000-of-00003.parquet", "train-00001-of-00003.parquet"), "holds 2 of 3 shards train-"),
+        (("train-00000-of-00001.parquet", "train-00000-of-00002.parquet"), "expected one whole set"),
+    ],
+)
+def test_files_that_do_not_belong_together(
+    names: tuple[str, ...], message: str, parts: list[pa.Table], tmp_path: Path
+) -> None:
+    with pytest.raises(LowraError, match=message):
+        open_dataset(lay_out(parts, tmp_path, *names))
+
+
+def test_a_copy_of_the_whole_repository_is_read_by_its_configuration(parts: list[pa.Table], tmp_path: Path) -> None:
+    lay_out(parts, tmp_path, "vit/train-00000-of-00001.parquet", "sd/train-00000-of-00001.parquet")
+    assert open_dataset(tmp_path, "vit").infos[0].name[13] == "0"
+    assert open_dataset(tmp_path, "sd").infos[0].name[13] == "3"
+    with pytest.raises(LowraError, match="'mistral' is not one of them"):
+        open_dataset(tmp_path, "mistral")
+
+
+# ---- Other processes, other starts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["parquet", "save_to_disk"])
+def test_another_process_opens_the_table_again(kind: str, tmp_path: Path) -> None:
+    if kind == "parquet":
+        write_dataset(planted_layers(), tmp_path / "d")
+    else:
+        datasets.Dataset.from_dict(rows(list(planted_layers()), lambda t: t.tolist())).save_to_disk(tmp_path / "d")
+    table = open_dataset(tmp_path / "d")
+    table.read(1)
+    again = pickle.loads(pickle.dumps(table))
+    assert again.infos == table.infos
+    assert_same(again.read(2, [1, 3]), table.read(2, [1, 3]))
+    assert again.fingerprint() == table.fingerprint()
+
+
+def test_an_unchanged_data_set_is_scanned_once(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowra.digests._RACY_S", -1.0)  # files of a test are all young
+    first = open_dataset(dataset).fingerprint()
+    reads: list[int] = []
+    read = StoredTable.read
+    monkeypatch.setattr(StoredTable, "read", lambda self, *where: reads.append(1) or read(self, *where))
+    assert open_dataset(dataset).fingerprint() == first
+    assert not reads
+    write_dataset(planted_layers(seed=1), dataset)
+    assert open_dataset(dataset).fingerprint() != first
+    assert len(reads) == 3
+
+
+def test_a_file_broken_inside_is_named(dataset: Path) -> None:
+    (path,) = dataset.glob("*.parquet")
+    data = bytearray(path.read_bytes())
+    data[4:400] = b"\xff" * 396
+    path.write_bytes(data)
+    with pytest.raises(LowraError, match=r"parquet is not a readable parquet file"):
+        open_dataset(dataset).fingerprint()
+
+
+def test_a_path_longer_than_any_file_system_takes() -> None:
+    with pytest.raises(LowraError, match=r"cannot be a folder|does not exist"):
+        open_dataset(Path("/tmp/" + "x" * 5000))
 
 
 def test_a_hub_data_set_is_read_by_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

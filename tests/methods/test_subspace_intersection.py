@@ -566,7 +566,7 @@ def test_grids_are_told_apart() -> None:
     base, mean = Layer((128, 128), [1]).base, Layer((128, 128), [1]).merged[0].double()
     noise = 1e-9 * torch.randn(128, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for name, dtype in grid.GRIDS.items():
-        assert grid.detect(base.to(dtype).double() + noise, mean) == name
+        assert grid.detect(base.to(dtype).double() + noise, mean).name == name
 
 
 def test_snap_options() -> None:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from lowra.checkpoints.stored import with_weights
 from lowra.errors import LowraError
 from lowra.metrics.activation_distance import cosine_distance, load_vit
-from lowra.metrics.base import kept
 from lowra.paths import conf_dir
 
 CPU = torch.device("cpu")
@@ -98,7 +97,7 @@ def test_equals_a_second_computation(base, images, tmp_path, tokens):
     assert scores["act_dist_block_00"] == 0
     for i, value in enumerate(expected):
         assert scores[f"act_dist_block_{i:02}"] == pytest.approx(value, rel=1e-5, abs=1e-12)
-    assert (kept(made, tmp_path / "out") / "activation_distance_images.txt").read_text().split() == [
+    assert (tmp_path / "out" / "activation_distance_images.txt").read_text().split() == [
         "n01/0.JPEG",
         "n01/1.JPEG",
         "n02/0.JPEG",
@@ -141,11 +140,11 @@ def test_state_dicts_that_do_not_fit_are_refused(base):
     ("changes", "message"),
     [
         ({}, r"needs images: give metrics\.activation_distance\.images=FOLDER"),
-        ({"tokens": "max"}, r"Unknown metrics\.activation_distance\.tokens 'max'; known: flatten, mean"),
-        ({"blocks": "first"}, r"Unknown metrics\.activation_distance\.blocks 'first'"),
-        ({"batch_size": 0}, r"metrics\.activation_distance\.batch_size is 0; expected a whole number of at least 1"),
-        ({"images_per_class": "abc"}, r"images_per_class is 'abc'; expected a whole number of at least 1"),
-        ({"images": 7}, r"images is 7; expected a path, or null"),
+        ({"tokens": "max"}, r"metrics\.activation_distance\.tokens is 'max'; expected one of mean, flatten"),
+        ({"blocks": "first"}, r"metrics\.activation_distance\.blocks is 'first'; expected one of last, all"),
+        ({"batch_size": 0}, r"metrics\.activation_distance\.batch_size is 0; expected a whole number, at least 1"),
+        ({"images_per_class": "abc"}, r"images_per_class is 'abc'; expected a whole number, at least 1"),
+        ({"images": 7}, r"images is 7; expected text, not empty or null"),
         ({"images": "no-such-folder"}, r"no-such-folder has no sub-folders; expected one per class"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import planted_layers
 
-from lowra.bench.merge import merge
+from lowra.bench.merging import merge
 from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lowra.records import Records
+from lowra.records import LAYER_FIELDS, Records, key_of, write_records
 
 METHODS = {"mean_lora": ("Mean LoRA", -5.0), "spectral_detuning": ("Spectral DeTuning", -16.0)}
 
@@ -51,7 +53,7 @@ def layer(method: str, label: str, error: float, **changes: Any) -> dict[str, An
         "seconds": 0.5,
         "status": "ok",
         "failed": False,
-        "finished": "2026-11-24T12:00:00+00:00",
+        "finished": "2026-11-24T12:00:00.000000Z",
     } | changes
     if row["failed"]:
         row |= {"w_error": np.nan, "exact_fraction": np.nan, "exact_layer": False, "status": "failed: ValueError: no"}
@@ -64,9 +66,10 @@ def context(**changes: Any) -> dict[str, Any]:
         "command": "python -m lowra.run subset=vit",
         "config": {},
         "versions": {"lowra": "0.1.0", "torch": "2.14.1"},
-        "machine": {"cpu": "a laptop's"},
-        "threads": 2,
-        "started": "2026-11-24T11:00:00+00:00",
+        "machine": {"processor": "a laptop's", "cores": 2, "system": "Linux", "gpus": []},
+        "threads": 1,
+        "jobs": 2,
+        "note": None,
         "title": "ViT",
         "caption": "**a miniature built and attacked on one machine, NOT the paper's experiment**",
         "models": [f"task{i}" for i in range(15)],
@@ -121,3 +124,16 @@ def records(layers: list[dict[str, Any]] | None = None, score: float | None = 2e
     table = pd.DataFrame(layers)
     scored = scores(table, score) if score is not None and len(table) else pd.DataFrame()
     return Records(table, scored, pd.DataFrame(), contexts or {"c0": context()})
+
+
+def folder(place: Path, layers: list[dict[str, Any]], **contexts: Any) -> Path:
+    """A run folder that holds these records, as a finished process leaves it."""
+    whole = []
+    for row in layers:
+        stats = {name.removeprefix("stat_"): value for name, value in row.items() if name.startswith("stat_")}
+        record = {name: row.get(name) for name in LAYER_FIELDS} | {"kind": "layer", "stats": json.dumps(stats)}
+        record |= {"context": row["context"], "finished": row["finished"], "weights": []}
+        known = {name: row[name] for name in ("data", "models", "layer_name", "merge_dtype", "knows_rank", "variant")}
+        whole.append(record | {"key": key_of(known)})
+    write_records(whole, contexts or {"c0": context()}, place / "records" / "p1.parquet")
+    return place

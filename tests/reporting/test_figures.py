@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lowra.reporting import figures
+from lowra.reporting import NAMES, figures
 from lowra.reporting.views import View, views
 from tests.reporting import fakes
 
@@ -71,7 +71,13 @@ def test_any_name_can_be_drawn(name: str, tmp_path: Path) -> None:
     layers = sweep(name, stat_predicted_w_error=-9.0, stat_certificate="certified")
     records = fakes.records(layers, 0.1, c0=fakes.context(title=name, caption=name))
     (view,) = views(records)
-    for draw in figures.FIGURES.values():
+    for draw in (
+        figures.cumulative,
+        figures.by_models,
+        figures.semantic_by_models,
+        figures.predicted,
+        figures.histogram,
+    ):
         paths = figures.save(draw, [view], tmp_path / "figure")
         assert [path.suffix for path in paths] == [".png", ".svg"]
     if name == "_hidden":
@@ -108,3 +114,67 @@ def test_pictures_are_not_empty(tmp_path: Path) -> None:
     (png, _) = figures.save(figures.cumulative, [only(sweep())], tmp_path / "c")
     pixels = np.asarray(Image.open(png).convert("L"))
     assert (pixels < 128).mean() > 0.005
+
+
+def with_history(layers: list[dict[str, object]], steps: int = 20) -> View:
+    """A method that gains a decade every five steps in loss and error alike."""
+    keys = ("subset", "source", "data", "n_loras", "trial", "models", "seed", "variant", "method", "label")
+    keys += ("merge_dtype", "merge_order", "knows_rank", "device", "layer_model", "layer_name")
+    history = [
+        {key: row[key] for key in keys} | {"step": s, "loss": 10 ** (-s / 5), "rank": 2.0, "w_error": -3 - s / 5}
+        for row in layers
+        for s in range(steps)
+    ]
+    records = fakes.records(layers + fakes.rows("mean_lora", "Mean LoRA", -4.0, n=5, trials=1), 0.1)
+    (view,) = views(fakes.Records(records.layers, records.scores, fakes.pd.DataFrame(history), records.contexts))
+    return view
+
+
+def test_error_over_iterations_beside_the_level_of_the_mean() -> None:
+    figure = figures.iterations([with_history(fakes.rows("m", "Mine", -7.0, n=5, trials=1))])
+    assert figure is not None
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert list(lines["Mine"].get_xdata()) == list(range(1, 21))
+    assert lines["Mine"].get_ydata()[-1] == pytest.approx(-6.8)
+    assert set(lines["Mean LoRA"].get_ydata()) == {-4.5}
+    plt.close(figure)
+
+
+def test_error_against_loss_states_the_correlation() -> None:
+    figure = figures.error_against_loss([with_history(fakes.rows("m", "Mine", -7.0, n=5, trials=1))])
+    assert figure is not None
+    assert "20 iterations (correlation 1.000)" in figure.legends[0].get_texts()[0].get_text()
+    plt.close(figure)
+
+
+def test_error_against_score_takes_what_was_stopped_early() -> None:
+    layers = []
+    for stop in (1, 2, 5, 10):
+        layers += fakes.rows("m", f"Mine (stop_after={stop})", -3.0 - stop, options=f'{{"stop_after": {stop}}}')
+    layers += fakes.rows("m", "Mine", -20.0)
+    records = fakes.records(layers)
+    values = {f"Mine (stop_after={stop})": float(stop) for stop in (1, 2, 5, 10)}
+    scores = records.scores.assign(value=records.scores["label"].map(values).fillna(0.0))
+    (view,) = views(fakes.Records(records.layers, scores, records.history, records.contexts))
+    figure = figures.error_against_score([view])
+    assert figure is not None
+    assert figure.legends[0].get_texts()[0].get_text() == "4 numbers of iterations (correlation -1.000)"
+    assert figures.error_against_loss([view]) is None
+    plt.close(figure)
+
+
+def test_all_subsets_in_one_figure() -> None:
+    layers: list[dict[str, object]] = []
+    for subset in ("vit", "mistral_sft"):
+        layers += [
+            r for n in (2, 3) for r in fakes.rows("spectral_detuning", "Spectral DeTuning", -9, n=n, subset=subset)
+        ]
+    figure = figures.all_subsets(views(fakes.records(layers)))
+    assert figure is not None
+    assert len(figure.legends[0].get_texts()) == 2
+    assert figures.all_subsets(views(fakes.records())) is None
+    plt.close(figure)
+
+
+def test_every_figure_of_a_folder_has_its_name_listed() -> None:
+    assert tuple(figures.FIGURES) == NAMES

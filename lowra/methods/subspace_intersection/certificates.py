@@ -6,10 +6,18 @@ from enum import StrEnum
 
 from lowra.methods.subspace_intersection.certify import WELL_CONDITIONED, Evidence
 
-# Singular values of the updates end in a clear edge, not in the noise, when the last one is this far above the cutoff.
-CLEAR_EDGE = 30.0
-
+# What is left open in every claim. Let W + C be another weight that explains the merges by updates of no larger total
+# rank. Then rank(M_i - C) >= rank(M_i) + rank(C) - dim(col M_i, col C) - dim(row M_i, row C), the dimensions those of
+# intersections (Marsaglia and Styan 1974), and summed over the updates the dimensions are n rank(C) at least: so half
+# the updates or more have columns or rows of C among their own.
+DETERMINED = (
+    "W is determined by the merges, up to a component that half of the updates or more share in columns or rows"
+)
 EXPECTED = "expected W-Error {predicted:.2f} before rounding to a grid"
+EXACTLY = (
+    "some updates share directions of their column or row spaces exactly, and another weight may explain the merges by "
+    "updates of equal rank"
+)
 
 
 class Certificate(StrEnum):
@@ -27,17 +35,15 @@ class Certificate(StrEnum):
         member.template = template
         return member
 
-    CERTIFIED = "certified", f"Certified{{basis}}: W is determined by the merges; {EXPECTED}."
+    CERTIFIED = "certified", f"Certified{{basis}}: {DETERMINED}; {EXPECTED}."
     WEAK = (
         "weak",
-        "Precise but weakly conditioned: the updates nearly share a space or fill the layer (lambda_min "
-        f"{{lambda_min:.0e}}), which raises the rounding of the merges; {EXPECTED}.",
+        f"Precise but weakly conditioned: {DETERMINED}, but the updates nearly share a space or fill the layer "
+        f"(lambda_min {{lambda_min:.0e}}), which raises the rounding of the merges; {EXPECTED}.",
     )
     SHARED = (
         "shared",
-        "Not certified, though probably exact: some updates share directions of their column or row spaces exactly, "
-        "and another weight may explain the merges by updates of equal rank. If this is the right one: "
-        f"{EXPECTED}.",
+        f"Not certified, though probably exact: {{why}}. If this is the right one: {EXPECTED}.",
     )
     INCONSISTENT = "inconsistent", "Inconsistent: {contradiction}. {otherwise}"
     NOT_IDENTIFIABLE = "not_identifiable", "Not identifiable: {reason}; {returned}."
@@ -53,39 +59,54 @@ class Certificate(StrEnum):
         return self.template.format(**facts)
 
 
-def verdict(evidence: Evidence, hint: int | None, rank: int, *, rest: bool) -> tuple[Certificate, str]:
+def verdict(
+    evidence: Evidence, ranks: tuple[int, ...], *, rest: bool, contradicted: int | None, simpler: tuple[int, ...] | None
+) -> tuple[Certificate, str]:
     """The certificate that the evidence allows, and its sentence.
 
-    rank: the largest found. rest: all but the directions that all updates share is determined.
+    ranks: found. rest: all but the directions that all updates share is determined. contradicted: the rank granted,
+    where those found contradict it. simpler: ranks of an explanation that needs less, where only this one agrees with
+    the rank granted.
     """
     predicted, lambda_min = evidence.predicted, evidence.lambda_min
     if predicted is None:
         returned = "there the mean is returned, the other directions are recovered" if rest else "the mean is returned"
         certificate = Certificate.NOT_IDENTIFIABLE
         return certificate, certificate.sentence(reason=why_open(evidence), returned=returned)
-    if hint is not None and rank < hint and evidence.edge > CLEAR_EDGE:
+    facts = {"predicted": predicted, "lambda_min": lambda_min, "basis": "", "why": EXACTLY}
+    if contradicted is not None:
         certificate = Certificate.INCONSISTENT
-        contradiction = (
-            f"the updates have rank {rank} at most, with a clear edge, not the granted {hint}; a component that all of "
-            "them share would look like this and stay in the estimate"
+        facts["contradiction"] = (
+            f"the updates found have ranks {listed(ranks)}, not the granted {contradicted}; a component that most of "
+            "the updates share would look like this and stay in the estimate"
         )
-        otherwise = f"If there is none: {EXPECTED}.".format(predicted=predicted)
-        return certificate, certificate.sentence(contradiction=contradiction, otherwise=otherwise)
-    if evidence.ambiguous:
+        facts["otherwise"] = f"If there is none: {EXPECTED}.".format(predicted=predicted)
+    elif simpler is not None:
+        certificate = Certificate.SHARED
+        facts["why"] = (
+            "this weight leaves updates of the granted rank, but another one explains the merges by fewer ranks "
+            f"({listed(simpler)}), the difference being a component that most of the updates share"
+        )
+    elif evidence.ambiguous:
         certificate = Certificate.SHARED
     elif lambda_min < WELL_CONDITIONED:
         certificate = Certificate.WEAK
     else:
         certificate = Certificate.CERTIFIED
-    return certificate, certificate.sentence(basis="", predicted=predicted, lambda_min=lambda_min)
+    return certificate, certificate.sentence(**facts)
+
+
+def listed(ranks: tuple[int, ...]) -> str:
+    """Ranks in words."""
+    return ", ".join(map(str, ranks))
 
 
 def why_open(evidence: Evidence) -> str:
-    """What leaves W open."""
+    """What leaves W open. A direction that all updates but one share looks like one that all do, from the merges."""
     sides = ((evidence.shared_columns, "column"), (evidence.shared_rows, "row"))
     shared = " and ".join(f"{size} {side} direction{'s' * (size > 1)}" for size, side in sides if size)
     if shared:
-        return f"all updates share {shared}, in which any part of them may belong to W"
+        return f"all updates, or all but one, seem to share {shared}, in which any part of them may belong to W"
     return (
         "several weights explain the merges equally well (ranks too large for the layer or for so few models, or "
         "spaces shared by some of them)"

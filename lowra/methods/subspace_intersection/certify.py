@@ -83,7 +83,7 @@ def certify(core: Core, solution: Solution) -> Evidence:
         float((solution.tails / expected).max()),
         predicted,
         math.log10(mean_error),
-        solution.edge,
+        float(solution.edges.min()),
         shared_columns,
         shared_rows,
         any_shared(tangents.left) or any_shared(tangents.right),

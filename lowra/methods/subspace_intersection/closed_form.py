@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from lowra.methods.subspace_intersection import grid as grids
 from lowra.methods.subspace_intersection.answer import Answer
 from lowra.methods.subspace_intersection.certificates import Certificate, verdict
 from lowra.methods.subspace_intersection.certify import WELL_CONDITIONED, Evidence, certify
+from lowra.methods.subspace_intersection.grid import detected
 from lowra.methods.subspace_intersection.low_signal import spectral
 from lowra.methods.subspace_intersection.noise import joined
 from lowra.methods.subspace_intersection.problem import Problem, first_parts, with_excess_noise
@@ -32,6 +32,7 @@ from lowra.methods.subspace_intersection.solve import (
     lift,
     polish,
     solve,
+    solve_as_told,
     two_models,
     without_shared,
 )
@@ -100,9 +101,19 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
     """The closed form on three or more models, with its certificate."""
     problem, parts = with_excess_noise(problem, parts)
     differences = [Difference(model, problem.merged[0], problem.dtype) for model in problem.merged[1:]]
-    core, solution, evidence = solved(problem, differences, parts)
+    found = solved(problem, differences, parts)
+    if found is None:
+        return spectral(problem, 0)
+    core, solution, evidence = found
     if evidence.predicted is not None and evidence.predicted > evidence.mean_error:
         return spectral(problem, max(solution.tangents.ranks))
+    hint, contradicted, simpler = problem.hint, False, None
+    if hint is not None:
+        told = as_told(core, hint) if solution.exceeds(hint) else None
+        if told is not None:
+            simpler = solution.tangents.ranks
+            solution, evidence = told
+        contradicted = solution.exceeds(hint) or solution.falls_short(hint)
     determined = evidence.predicted is not None
     ranks, joint_rows = solution.tangents.ranks, core.right
     if evidence.shared_columns or evidence.shared_rows:
@@ -118,7 +129,13 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
         matter = columns_matter(core, solution.tangents)
         left, right = lift(core, solution, outside_columns(differences, core.left, joint_rows) if matter else None)
         estimate = replace(estimate, left=left, right=right)
-    certificate, sentence = verdict(evidence, problem.hint, max(ranks), rest=determined)
+    certificate, sentence = verdict(
+        replace(evidence, predicted=problem.in_units(evidence.predicted)),
+        ranks,
+        rest=determined,
+        contradicted=hint if contradicted else None,
+        simpler=simpler,
+    )
     return Answer(
         estimate,
         certificate,
@@ -131,16 +148,33 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
     )
 
 
-def solved(problem: Problem, differences: list[Difference], parts: list[RowSpace]) -> tuple[Core, Solution, Evidence]:
-    """The core, its solution and the evidence, with the smallest margin that identifies W, else the first."""
+def solved(
+    problem: Problem, differences: list[Difference], parts: list[RowSpace]
+) -> tuple[Core, Solution, Evidence] | None:
+    """The core, its solution and the evidence, with the smallest margin that identifies W, else the first.
+
+    None where no direction that the models differ in rises above the noise.
+    """
     attempts = []
     for margin in MARGINS:
         core = joint_core(differences, parts, problem.noise, margin)
+        if not core.matrices.numel():
+            break
         solution = polish(core, solve(core, problem.hint))
         attempts.append((core, solution, certify(core, solution)))
         if attempts[-1][2].predicted is not None:
             return attempts[-1]
-    return attempts[0]
+    return attempts[0] if attempts else None
+
+
+def as_told(core: Core, hint: int) -> tuple[Solution, Evidence] | None:
+    """A solution whose updates do not exceed the rank granted, as the simplest one's do, if one is determined."""
+    start = solve_as_told(core, hint)
+    if start is None:
+        return None
+    solution = polish(core, start)
+    evidence = certify(core, solution)
+    return None if evidence.predicted is None or solution.exceeds(hint) else (solution, evidence)
 
 
 def well_conditioned_three(problem: Problem, parts: list[RowSpace]) -> Answer | None:
@@ -164,7 +198,7 @@ def all_models(problem: Problem, lead: Answer) -> Answer:
     which gives the prediction ((1 - t) s^2 / n + t s_X^2), s_X^2 the error of X.
     """
     _, d, k = problem.merged.shape
-    start = lead.estimate.dense(grids.GRIDS[grids.detected(lead.estimate, problem)])  # (d, k)
+    start = detected(lead, problem).rounded(lead.estimate)  # (d, k)
     guess = max(lead.ranks) + OVERSAMPLING
     kept, ranks, lefts, rights = [], [], [], []
     for i, (model, noise) in enumerate(zip(problem.merged, problem.noise, strict=True)):
@@ -175,6 +209,8 @@ def all_models(problem: Problem, lead: Answer) -> Answer:
             ranks.append(part.rank)
             lefts.append(update.times(part.right))  # (d, r_i)
             rights.append(part.right.to(problem.dtype))  # (k, r_i)
+    if 2 * len(kept) <= len(problem.labels):
+        return without_outliers(problem)  # the three are no majority
     used = problem.subset(kept)
     mean = used.mean()
     left = torch.cat([-weight * part for weight, part in zip(mean.weights, lefts, strict=True)], 1)  # (d, sum of ranks)
@@ -188,7 +224,7 @@ def all_models(problem: Problem, lead: Answer) -> Answer:
     return replace(
         lead,
         estimate=replace(mean, left=left, right=torch.cat(rights, 1)),
-        status=lead.certificate.sentence(basis=basis, predicted=predicted) + named,
+        status=lead.certificate.sentence(basis=basis, predicted=problem.in_units(predicted)) + named,
         ranks=tuple(ranks),
         predicted=predicted,
         outliers=outliers,

@@ -37,13 +37,15 @@ from lowra.errors import LowraError, unknown
 from lowra.methods.base import Observation, Recovery, Stat, check_observation
 from lowra.methods.subspace_intersection import grid as grids
 from lowra.methods.subspace_intersection.answer import Answer, Estimate
-from lowra.methods.subspace_intersection.certificates import CLEAR_EDGE, Certificate
+from lowra.methods.subspace_intersection.certificates import Certificate
 from lowra.methods.subspace_intersection.closed_form import closed_form
+from lowra.methods.subspace_intersection.grid import Grid
 from lowra.methods.subspace_intersection.low_signal import low_signal
 from lowra.methods.subspace_intersection.problem import Problem, pose
 from lowra.methods.subspace_intersection.ranges import OVERSAMPLING, Difference, projected, triplets
 from lowra.methods.subspace_intersection.refine import weighted_refinement
 from lowra.methods.subspace_intersection.screen import distinct_models
+from lowra.methods.subspace_intersection.solve import CLEAR_EDGE
 
 # `refine: auto` refines layers up to this size, which takes a fraction of a second, and all half-precision merges.
 REFINE_ENTRIES = 2**17
@@ -92,8 +94,10 @@ class SubspaceIntersection:
         problem = pose(observation).subset(kept)
         # The seam for other solvers: whatever takes a problem and returns W (d, k) and an answer may stand here.
         weight, answer = self._solve(problem)
+        if problem.unit != 1:
+            weight = weight * problem.unit
         stats: dict[str, Stat] = {
-            "predicted_w_error": answer.predicted,
+            "predicted_w_error": problem.in_units(answer.predicted),
             "lambda_min": answer.lambda_min,
             "discrepancy": answer.discrepancy,
             "ranks": ",".join(map(str, answer.ranks)),
@@ -107,19 +111,17 @@ class SubspaceIntersection:
         """Solve, detect the grid, refine where it pays, round: W (d, k), and the answer with the name of the grid."""
         answer = low_signal(problem) or closed_form(problem)
         estimate = answer.estimate
-        grid = grids.detected(estimate, problem) if self.snap == "auto" else self.snap
+        grid = grids.detected(answer, problem) if self.snap == "auto" else Grid(self.snap)
         half = problem.storage != torch.float32
-        coarse = grid in ("bf16", "fp16")
-        ranks = refinable_ranks(answer, problem.hint, half=half, coarse=coarse)
+        ranks = refinable_ranks(answer, problem.hint, half=half, coarse=grid.coarse)
         _, d, k = problem.merged.shape
         wanted = self.refine == "weighted" or (self.refine == "auto" and (half or d * k <= REFINE_ENTRIES))
         # A coarse grid settles the weights of float32 merges; nothing is left to refine.
-        if wanted and any(ranks) and not (coarse and not half):
+        if wanted and any(ranks) and not (grid.coarse and not half):
             used = problem.subset([i for i, label in enumerate(problem.labels) if label not in answer.outliers])
             weight = refined(used, estimate.dense(torch.float64), ranks)
             estimate = Estimate(weight.unsqueeze(0), [1.0], weight.new_zeros(d, 0), weight.new_zeros(k, 0))
-        dtype = torch.float64 if grid == "none" else grids.GRIDS[grid]
-        return estimate.dense(dtype), replace(answer, grid=grid)
+        return grid.rounded(estimate), replace(answer, grid=grid.name)
 
 
 def refinable_ranks(answer: Answer, hint: int | None, *, half: bool, coarse: bool) -> tuple[int, ...]:

@@ -15,6 +15,10 @@ SAMPLE = 2**20
 PROBE = 2**18
 
 
+# What stands for the rounding of a merge that is zero, in a problem of ordinary scale: its inverse square is finite.
+SILENT = 1e-30
+
+
 @dataclass(frozen=True)
 class Noise:
     """The rounding E of one merged weight, as a random matrix.
@@ -70,6 +74,8 @@ def rounding_noise(weight: Tensor, storage: torch.dtype) -> Noise:
     square = ulp(picked, storage).square_()  # (rows, k)
     by_row = square.mean(1)
     mean = float(by_row.double().mean())
+    if mean == 0:
+        return Noise(SILENT, 1.0)
     norm = math.sqrt(k * float(by_row.max())) + math.sqrt(d * float(square.mean(0).max()))
     return Noise(math.sqrt(mean / 12), norm / (math.sqrt(mean) * (math.sqrt(d) + math.sqrt(k))))
 

@@ -21,6 +21,9 @@ LARGE = 2**19
 # rounding of the merge itself.
 SMALL_UPDATE = 1 / 50
 
+# Layers whose root mean square is 2 to a larger power than this, up or down, are worked on at a usual scale.
+USUAL = 20
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -28,7 +31,7 @@ class Problem:
 
     merged: (n, d, k), noise: of each, storage: the format they are rounded to, dtype: of the passes over the data,
     guess: columns of the first sketches, hint: the rank where it was granted. labels: the models' numbers in the
-    observation.
+    observation. unit: what 1 is in the observation's own scale (see `pose`).
     """
 
     merged: Tensor
@@ -39,6 +42,7 @@ class Problem:
     hint: int | None
     guess: int
     generator: torch.Generator
+    unit: float = 1.0
 
     def subset(self, chosen: list[int]) -> Problem:
         """The same for some of the models."""
@@ -48,6 +52,10 @@ class Problem:
             noise=tuple(self.noise[i] for i in chosen),
             labels=tuple(self.labels[i] for i in chosen),
         )
+
+    def in_units(self, log_error: float | None) -> float | None:
+        """A W-Error in the observation's own scale."""
+        return None if log_error is None else log_error + 2 * math.log10(self.unit)
 
     def mean(self) -> Estimate:
         """The inverse-variance weighted mean of the models."""
@@ -59,10 +67,19 @@ class Problem:
 
 
 def pose(observation: Observation) -> Problem:
-    """Find the format of the merges, measure the rounding of each and choose the precision of the passes."""
+    """Find the format of the merges, measure the rounding of each and choose the precision of the passes.
+
+    Where squares of the rounding would leave the range of float32, the layer is taken times a power of two, which is
+    exact but for numbers at the edge of that range. Weights of a usual size are not copied.
+    """
     stack = observation.merged
     n, d, k = stack.shape
     storage = stored_as(stack, observation.storage)
+    exponent = usual_exponent(stack)
+    if exponent:
+        # In two steps: the factor for the smallest float32 numbers is none itself.
+        half = exponent // 2
+        stack = stack * 2.0**half * 2.0 ** (exponent - half)
     size = float(stack[0, sampled_rows(d, k, stack.device)].double().square().mean())
     small = math.sqrt(largest_difference(stack)) < SMALL_UPDATE * math.sqrt(size)
     rank = observation.rank
@@ -75,7 +92,17 @@ def pose(observation: Observation) -> Problem:
         hint=rank,
         guess=OVERSAMPLING + (2 * rank if rank is not None else min(d, k) // 32),
         generator=torch.Generator().manual_seed(observation.seed),
+        unit=2.0**-exponent,
     )
+
+
+def usual_exponent(stack: Tensor) -> int:
+    """The power of two that brings weights (n, d, k) of a very unusual size to about 1; 0 for all others."""
+    _, d, k = stack.shape
+    rows = sampled_rows(d, k, stack.device)
+    size = max(float(weight[rows].double().square().mean()) for weight in stack)
+    exponent = -round(math.log2(size) / 2) if size else 0
+    return exponent if abs(exponent) > USUAL else 0
 
 
 def largest_difference(stack: Tensor) -> float:

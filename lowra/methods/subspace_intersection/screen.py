@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import combinations
-
 import torch
 from torch import Tensor
 
@@ -28,15 +26,14 @@ def same_base(
     Two fine-tunes of one base differ by an update of rank r_i + r_j; two bases differ in every direction. A model joins
     the first group whose first member it differs from by a low rank.
     """
-    low_rank = {
-        (i, j): not row_space(Difference(stack[i], stack[j], dtype), joined(noise[i], noise[j]), guess, generator).full
-        for i, j in combinations(range(stack.shape[0]), 2)
-    }
     groups: list[list[int]] = []
     for i in range(stack.shape[0]):
-        group = next((group for group in groups if low_rank[group[0], i]), None)
-        if group is None:
-            groups.append([i])
+        for group in groups:
+            first = group[0]
+            difference = Difference(stack[first], stack[i], dtype)
+            if not row_space(difference, joined(noise[first], noise[i]), guess, generator).full:
+                group.append(i)
+                break
         else:
-            group.append(i)
+            groups.append([i])
     return sorted(groups, key=lambda group: -len(group))

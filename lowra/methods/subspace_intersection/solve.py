@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -31,8 +31,14 @@ IDENTIFIABLE = 1e-6
 SLIVER = 0.1
 WELL_APART = 1 / 6
 
+# Singular values of the updates end in a clear edge, not in the noise, when the last one is this far above the cutoff.
+CLEAR_EDGE = 30.0
+
 # Gauss-Newton steps. The linear solution starts within rounding of the optimum, and the first step does nearly all.
 POLISH_STEPS = 2
+
+# Gauss-Newton steps at given ranks, from solutions that are farther off.
+FIT_STEPS = 4
 
 # Share of the objective below which what a Gauss-Newton step gained calls for no other. After a gain of three percent
 # the next was 5e-12; only where weak directions are nearly shared was the first gain, and the second, larger.
@@ -112,15 +118,30 @@ class Tangents:
 class Solution:
     """An estimate X (a, b) in the core, with the ranks and spaces its residuals C_i - X have above the noise.
 
-    tails: (n,) largest singular value of each residual beyond its rank; edge: the smallest one within the ranks, over
-    the cutoff it passed. energy: weighted sum of squares beyond the ranks, the maximum-likelihood objective.
+    heights: (n, p) singular values of the residuals over each model's cutoff, descending; those above 1 are signal.
+    tails: (n,) largest singular value of each residual beyond its rank. energy: weighted sum of squares beyond the
+    ranks, the maximum-likelihood objective.
     """
 
     x: Tensor
     tangents: Tangents
+    heights: Tensor
     tails: Tensor
-    edge: float
     energy: float
+
+    @property
+    def edges(self) -> Tensor:
+        """(n,): the smallest singular value within each rank over the cutoff it passed; infinite for rank 0."""
+        above = torch.where(self.heights > 1, self.heights, math.inf)
+        return above.amin(1) if above.numel() else above.new_full((above.shape[0],), math.inf)
+
+    def exceeds(self, hint: int) -> bool:
+        """Whether an update has clearly a larger rank than the one granted, not for what the noise may add."""
+        return bool(((self.heights > CLEAR_EDGE).sum(1) > hint).any())
+
+    def falls_short(self, hint: int) -> bool:
+        """Whether all updates have a lower rank than the one granted, and one of them not for what noise may hide."""
+        return max(self.tangents.ranks) < hint and bool((self.edges > CLEAR_EDGE).any())
 
     @property
     def size(self) -> tuple[int, int, float]:
@@ -184,37 +205,91 @@ def resolve(core: Core, x: Tensor) -> Solution:
     rest = torch.where(signal, 0, values)
     energy = float((core.weights[:, 0] * rest.square()).sum())
     tangents = Tangents(bases_left, bases_right, ranks, core.weights)
-    edge = torch.where(signal, values / core.cutoffs()[:, None], math.inf).min()
-    return Solution(x, tangents, rest.amax(1), float(edge), energy)
+    return Solution(x, tangents, values / core.cutoffs()[:, None], rest.amax(1), energy)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Ranks that the updates may have, left and right: the directions (m, r_i) of each, best known."""
+
+    ranks: tuple[list[int], list[int]]
+    left: Tensor
+    right: Tensor
+
+    def solutions(self, core: Core) -> Iterator[Solution]:
+        """Solutions from both sides, and from one.
+
+        Both is the rule. Where models share directions on one side, the intersections on the other side come out too
+        small and their equations are wrong; that side alone, or the other, then wins the comparison.
+        """
+        for chosen in ((self.left, self.right), (self.left, None), (None, self.right)):
+            yield resolve(core, least_squares(core, *chosen))
+
+    def kept(self, solution: Solution) -> bool:
+        """Whether a solution has the ranks proposed."""
+        return list(solution.tangents.ranks) == self.ranks[0] == self.ranks[1]
+
+
+def proposals(core: Core, hint: int | None) -> list[Proposal]:
+    """Ranks counted in the pairs; at the largest gap of each intersection; the hint."""
+    pairs = pair_spaces(core)
+    sides = [[intersect(spaces, i, pairs.partners(i)) for i in range(pairs.n)] for spaces in (pairs.left, pairs.right)]
+    gaps = [[rank_at_gap(shares) for _, shares in side] for side in sides]
+    counted = ranks_from_pairs(pairs)
+    made = []
+    for ranks in [(counted, counted), (gaps[0], gaps[1]), *([([hint] * pairs.n,) * 2] if hint else [])]:
+        left, right = (
+            padded([directions[:, :rank] for (directions, _), rank in zip(side, side_ranks, strict=True)])
+            for side, side_ranks in zip(sides, ranks, strict=True)
+        )
+        made.append(Proposal(ranks, left, right))
+    return made
 
 
 def solve(core: Core, hint: int | None) -> Solution:
     """The simplest X that explains all models: smallest sum of ranks, then smallest residual.
 
-    Candidates differ in the ranks (counted in the pairs; at the largest gap of each intersection; the hint), and in the
-    sides used. Both sides is the rule. Where models share directions on one side, the intersections on the other
-    side come out too small and their equations are wrong; that side alone, or the other, then wins the comparison. The
-    first candidate that keeps the rank it was made with is taken without trying others.
+    The first solution that keeps the ranks it was proposed for is taken without trying others. W'_i itself always
+    explains all models, its own update being nothing. Before an explanation of more ranks than were counted is
+    believed, the counted ones are fitted.
     """
-    pairs = pair_spaces(core)
-    sides = [[intersect(spaces, i, pairs.partners(i)) for i in range(pairs.n)] for spaces in (pairs.left, pairs.right)]
-    gaps = [[rank_at_gap(shares) for _, shares in side] for side in sides]
-    counted = ranks_from_pairs(pairs)
-    proposals = [(counted, counted), (gaps[0], gaps[1]), *([([hint] * pairs.n,) * 2] if hint else [])]
     best: Solution | None = None
-    for ranks in proposals:
-        left, right = (
-            padded([directions[:, :rank] for (directions, _), rank in zip(side, side_ranks, strict=True)])
-            for side, side_ranks in zip(sides, ranks, strict=True)
-        )
-        for chosen in ((left, right), (left, None), (None, right)):
-            solution = resolve(core, least_squares(core, *chosen))
+    proposed = proposals(core, hint)
+    for proposal in proposed:
+        for solution in proposal.solutions(core):
+            if proposal.kept(solution):
+                return solution
             if best is None or solution.size < best.size:
                 best = solution
-            if list(solution.tangents.ranks) == ranks[0] == ranks[1]:
-                return solution
     assert best is not None
+    counted = proposed[0].ranks[0]
+    if sum(best.tangents.ranks) > sum(counted):
+        best = min(best, *(fitted(core, start.x, counted) for start in proposed[0].solutions(core)), key=by_size)
     return best
+
+
+def by_size(solution: Solution) -> tuple[int, int, float]:
+    """See `Solution.size`."""
+    return solution.size
+
+
+def fitted(core: Core, x: Tensor, ranks: list[int]) -> Solution:
+    """A solution from X with ranks held to these: Gauss-Newton on the residuals beyond them, whatever the noise."""
+    for _ in range(FIT_STEPS):
+        left, _, right = dense_svd(core.matrices - x)
+        columns, rows = (
+            padded([basis[:, :rank] for basis, rank in zip(side, ranks, strict=True)]) for side in (left, right)
+        )
+        tangents = Tangents(columns, rows, tuple(ranks), core.weights)
+        target = (core.weights * tangents.residuals(core.matrices - x)).sum(0)
+        x = x + conjugate_gradients(tangents, target.unsqueeze(0), tolerance=1e-6, iterations=60)[0]
+    return resolve(core, x)
+
+
+def solve_as_told(core: Core, hint: int) -> Solution | None:
+    """The simplest X for which no update exceeds the rank granted, if any is found."""
+    found = (solution for proposal in proposals(core, hint) for solution in proposal.solutions(core))
+    return min((solution for solution in found if not solution.exceeds(hint)), key=by_size, default=None)
 
 
 def without_shared(core: Core, tangents: Tangents) -> Core:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import planted_layers
 
-from lowra.bench.merge import merge, merge_dtype
+from lowra.bench.merging import ORDERS, merge, merge_dtype
 from lowra.errors import LowraError
 
 
@@ -32,3 +32,21 @@ def test_a_coarser_merge_lies_on_its_grid(name: str) -> None:
 def test_unknown_dtype() -> None:
     with pytest.raises(LowraError, match=r"Unknown merge\.dtype 'int8'; known: float32, bfloat16, float16"):
         merge_dtype("int8")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_twice_is_what_16_bit_adapters_do(dtype: torch.dtype) -> None:
+    (layer,) = planted_layers(layers=1)
+    stack = merge(layer, dtype, "twice")
+    for merged, update in zip(stack, layer.loras, strict=True):
+        rounded = (update.scale * (update.B @ update.A)).to(dtype)
+        assert torch.equal(merged, (layer.weight + rounded.float()).to(dtype).float())
+    assert not torch.equal(stack, merge(layer, dtype, "once"))
+
+
+def test_in_float32_the_order_does_not_matter() -> None:
+    (layer,) = planted_layers(layers=1)
+    assert torch.equal(merge(layer, order="twice"), merge(layer, order="once"))
+    assert ORDERS == ("once", "twice")
+    with pytest.raises(LowraError, match=r"Unknown merge\.order 'thrice'; known: once, twice"):
+        merge(layer, order="thrice")

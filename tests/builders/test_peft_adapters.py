@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lowra.bench.schema import open_dataset, write_dataset
-from lowra.builders.lora import Adapter, checkpoint_names, checkpoint_state, layer_names, lora_layers, skeleton
+from lowra.builders.peft_adapters import Adapter, checkpoint_names, checkpoint_state, layer_names, lora_layers, skeleton
 from lowra.checkpoints.detect import changed_weights
 from lowra.errors import LowraError
 

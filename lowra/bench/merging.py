@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lowra.bench.schema import Layer
-from lowra.errors import LowraError
+from lowra.errors import LowraError, unknown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ORDERS = ("once", "twice")
 
 
 def merge_dtype(name: str) -> torch.dtype:
@@ -18,17 +19,24 @@ def merge_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def merge(layer: Layer, dtype: torch.dtype = torch.float32) -> Tensor:
+def merge(layer: Layer, dtype: torch.dtype = torch.float32, order: str = "once") -> Tensor:
     """The stack of merged weights (n, d, k), float32.
 
     The update is computed and added in float32, as the paper does. dtype: what the merge is then stored in;
-    bfloat16 and float16 round it once more (a separate, labelled setting).
+    bfloat16 and float16 round it (a separate, labelled setting).
+    order: "once" rounds the sum, W' = round(W + M). "twice" rounds the update first, W' = round(W + round(M)), as
+    PEFT's `safe_merge` and every merge of 16-bit adapters do. In float32 the two are one.
+    Raises LowraError for an unknown order.
     """
+    if order not in ORDERS:
+        raise unknown("merge.order", order, ORDERS)
     d, k = layer.weight.shape
     stack = torch.empty(len(layer.loras), d, k)  # (n, d, k)
-    for merged, lora in zip(stack, layer.loras, strict=True):
-        torch.mm(lora.B, lora.A, out=merged)
-        merged.mul_(lora.scale).add_(layer.weight)
+    for merged, update in zip(stack, layer.loras, strict=True):
+        if order == "twice" and dtype != torch.float32:
+            merged.copy_(update.delta(dtype)).add_(layer.weight)
+        else:
+            update.apply(layer.weight, out=merged)
         if dtype != torch.float32:
             merged.copy_(merged.to(dtype))
     return stack

@@ -9,7 +9,8 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lowra.builders.kohya import Factors, LoraFile, expected_modules, modules_of, write_kohya
+from lowra.bench.updates import Update
+from lowra.builders.kohya_files import LoraFile, expected_modules, modules_of, write_kohya
 from lowra.builders.stable_diffusion_mini import make_tokenizer
 from lowra.errors import LowraError
 
@@ -76,10 +77,12 @@ def modules(base):
 def make_factors(modules, alpha=lambda module: 1.5, rank=RANK):
     generator = torch.Generator().manual_seed(1)
     return {
-        module: Factors(
+        module: Update(
+            "lora",
+            rank,
+            alpha(module),
             torch.randn(rank, module.shape[1], generator=generator),
             torch.randn(module.shape[0], rank, generator=generator),
-            alpha(module),
         )
         for module in modules
     }
@@ -93,7 +96,7 @@ def assert_reads(path, modules, factors):
         read = file.read(module)
         torch.testing.assert_close(read.A, lora.A)
         torch.testing.assert_close(read.B, lora.B)
-        assert read.alpha == pytest.approx(lora.alpha)
+        assert read.lora_alpha == pytest.approx(lora.alpha)
 
 
 def test_stable_diffusion_15_has_264_modules():

@@ -9,10 +9,8 @@ The map between them is traced through transformers' own saving code, so it hold
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +19,33 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowra.bench.schema import Layer, Lora
+from lowra.bench.schema import Layer
+from lowra.bench.updates import Update, check_alpha, check_rank
 from lowra.checkpoints.stored import StoredState
 from lowra.errors import LowraError
 
 _FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
 
 
-@dataclass(frozen=True)
-class Factors:
-    """One module's LoRA factors. A: (r, k) float32, B: (d, r) float32; the update is (alpha / rank) B A."""
-
-    A: Tensor
-    B: Tensor
-    rank: int
-    alpha: float
-
-
 class Adapter:
     """A PEFT LoRA adapter folder, opened lazily: headers and configuration now, factors when asked for.
 
-    modules: the module paths it adapts, in memory names, sorted.
-    Raises LowraError for a folder that is not a plain LoRA adapter, or that adapts nothing.
+    modules: the module paths it adapts, in memory names, sorted. name: of the updates, the folder's own by default.
+    Raises LowraError for a folder that is not a plain LoRA adapter, that adapts nothing, or whose configuration holds
+    ranks and alphas that are none.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder = folder
+        self.name = name or folder.name
         config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
         for path in (config_path, weights_path):
             if not path.exists():
                 raise LowraError(f"{folder} is not a PEFT adapter: it lacks {path.name}.")
         try:
-            self.config: dict[str, Any] = json.loads(config_path.read_text())
+            self.config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8"))
+            if not isinstance(self.config, dict):
+                raise ValueError(f"{config_path.name} holds no settings")
             self._file = safe_open(weights_path, framework="pt")
         except (SafetensorError, ValueError, OSError) as error:
             raise LowraError(f"The adapter in {folder} cannot be read ({error}); build it again.") from None
@@ -65,12 +58,11 @@ class Adapter:
         self.modules = tuple(sorted({module for module, _ in self._keys}, key=natural_order))
         if not self.modules:
             raise LowraError(f"{weights_path} holds no LoRA factors; expected keys ending in lora_A.weight.")
+        self._settings = {module: self._checked(module) for module in self.modules}
 
-    def factors(self, module: str) -> Factors:
-        """One module's factors.
+    def update(self, module: str) -> Update:
+        """One module's update; with `use_rslora` it is of kind "rslora".
 
-        alpha is the effective one: with rank-stabilised LoRA, whose factor on B A is alpha / sqrt(r), it is
-        alpha sqrt(r), so that alpha / r is the factor for every adapter.
         Raises LowraError when a factor is missing, its rank is not the configured one, or B is zero (never trained).
         """
         tensors = []
@@ -81,8 +73,7 @@ class Adapter:
             # The factors of 1x1 convolutions have two trailing dimensions of length 1.
             tensors.append(tensor.flatten(1))
         a, b = tensors  # (r, k), (d, r)
-        rank = int(self._setting("r", "rank_pattern", module))
-        alpha = float(self._setting("lora_alpha", "alpha_pattern", module))
+        rank, alpha = self._settings[module]
         if a.shape[0] != rank or b.shape[1] != rank:
             raise LowraError(
                 f"Module {module!r} of the adapter in {self.folder} has factors {tuple(a.shape)} and {tuple(b.shape)}; "
@@ -90,14 +81,22 @@ class Adapter:
             )
         if not b.any():
             raise LowraError(f"Module {module!r} of the adapter in {self.folder} has B = 0: it was never trained.")
-        if self.config.get("use_rslora"):
-            alpha *= math.sqrt(rank)
-        return Factors(a, b, rank, alpha)
+        return Update(self.name, rank, alpha, a, b, "rslora" if self.config.get("use_rslora") else "lora")
 
-    def _setting(self, default: str, pattern: str, module: str) -> float:
+    def _checked(self, module: str) -> tuple[int, float]:
+        """A module's rank and alpha as the configuration has them."""
+        where = f"of module {module!r} in {self.folder / 'adapter_config.json'}"
+        rank = check_rank(self._setting("r", "rank_pattern", module), f"The rank {where}")
+        return rank, check_alpha(self._setting("lora_alpha", "alpha_pattern", module), rank, f"The alpha {where}")
+
+    def _setting(self, default: str, pattern: str, module: str) -> Any:
         """A module's own rank or alpha where PEFT's patterns give one, else the adapter's."""
-        patterns: dict[str, float] = self.config.get(pattern) or {}
-        return patterns.get(get_pattern_key(list(patterns), module), self.config[default])
+        patterns = self.config.get(pattern) or {}
+        if not isinstance(patterns, dict):
+            raise LowraError(
+                f"{pattern} of the adapter in {self.folder} is {patterns!r}; expected modules and numbers."
+            )
+        return patterns.get(get_pattern_key(list(patterns), module), self.config.get(default))
 
 
 def natural_order(name: str) -> tuple[tuple[int, str], ...]:
@@ -177,7 +176,7 @@ def lora_layers(base: Path, adapters: Mapping[str, Path], *, pre_ft_name: str, m
     pre_ft_name: the base model's public name. model: the component the layers belong to.
     No more than one layer is in memory. Raises LowraError when adapters target different modules, or do not fit.
     """
-    opened = {name: Adapter(folder) for name, folder in adapters.items()}
+    opened = {name: Adapter(folder, name) for name, folder in adapters.items()}
     first_name, first = next(iter(opened.items()))
     for name, adapter in opened.items():
         if difference := sorted(set(first.modules) ^ set(adapter.modules)):
@@ -189,13 +188,13 @@ def lora_layers(base: Path, adapters: Mapping[str, Path], *, pre_ft_name: str, m
     names = layer_names(base, first.modules)
     for module in sorted(first.modules, key=lambda module: natural_order(names[module])):
         weight = stored[names[module]].float().flatten(1)  # (d, k)
-        loras = []
+        updates = []
         for name, adapter in opened.items():
-            got = adapter.factors(module)
-            if (got.B.shape[0], got.A.shape[1]) != tuple(weight.shape):
+            update = adapter.update(module)
+            if (update.B.shape[0], update.A.shape[1]) != tuple(weight.shape):
                 raise LowraError(
-                    f"LoRA {name!r} updates {module!r} by a {got.B.shape[0]} x {got.A.shape[1]} matrix; the base "
+                    f"LoRA {name!r} updates {module!r} by a {update.B.shape[0]} x {update.A.shape[1]} matrix; the base "
                     f"weight is {weight.shape[0]} x {weight.shape[1]}."
                 )
-            loras.append(Lora(name, got.rank, got.alpha, got.A, got.B))
-        yield Layer(model, names[module], pre_ft_name, weight, tuple(loras))
+            updates.append(update)
+        yield Layer(model, names[module], pre_ft_name, weight, tuple(updates))

@@ -1,4 +1,4 @@
-"""The Mistral family in miniature, from text that is on every Python machine: the interpreter's own documentation.
+"""A causal language model in miniature, from text that is on every Python machine: the interpreter's documentation.
 
 A small `MistralForCausalLM` and its tokenizer are trained on the standard library's documentation topics and
 docstrings; chat rows and preference pairs are derived from the docstrings in the row formats of UltraChat-200k and
@@ -14,12 +14,13 @@ import sysconfig
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from datasets import Dataset
 from tqdm import tqdm
 
+from lowra.checks import Count, Positive, Range, Seed, Weight
 from lowra.errors import LowraError
 
 
@@ -80,8 +81,8 @@ def corpus() -> list[str]:
 class DocumentationChats:
     """Chat rows in UltraChat's format: a column `messages` of {"role", "content"}, user and assistant in turns."""
 
-    rows: int
-    seed: int
+    rows: Count
+    seed: Seed
 
     def load(self) -> Dataset:
         """Two turns a row: what a name does, and where it is."""
@@ -105,8 +106,8 @@ class DocumentationPreferences:
     model knows which of two well-formed answers is true, but it can learn to prefer the one in good order.
     """
 
-    rows: int
-    seed: int
+    rows: Count
+    seed: Seed
 
     def load(self) -> Dataset:
         """The pairs, one question each."""
@@ -136,50 +137,43 @@ def _sample(rows: int, seed: int) -> list[Entry]:
 class MiniMistral:
     """A small Mistral and its tokenizer: sizes and pre-training recipe.
 
-    steps and batch count sequences of `context` tokens; Muon (AdamW
-    at half the rate for embeddings and norms), warm-up over a twentieth of the steps, then cosine to zero.
+    steps and batch count sequences of `context` tokens; Muon (AdamW at half the rate for embeddings and norms), warm-up
+    over a twentieth of the steps, then cosine to zero.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    context: int
-    steps: int
-    batch: int
-    learning_rate: float
-    weight_decay: float
-    seed: int
+    vocab_size: Annotated[int, Range(259)]  # 256 bytes and three special tokens
+    hidden_size: Count
+    intermediate_size: Count
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    context: Annotated[int, Range(2)]
+    steps: Count
+    batch: Count
+    learning_rate: Positive
+    weight_decay: Weight
+    seed: Seed
+
+    def check(self) -> None:
+        """Raise LowraError for sizes that do not go together."""
+        if self.hidden_size % self.heads or self.heads % self.kv_heads or self.hidden_size // self.heads % 2:
+            raise LowraError(
+                f"hidden_size={self.hidden_size} must be an even multiple of heads={self.heads}, and these a multiple "
+                f"of kv_heads={self.kv_heads}."
+            )
 
     def build(self, folder: Path) -> dict[str, Any]:
         """Train tokenizer and model and write them as a bfloat16 checkpoint, as Mistral-7B-v0.1 is stored.
 
         Returns the mean losses, in nats per token, of the first and the last twentieth of the steps.
         """
-        from transformers import MistralConfig, MistralForCausalLM
-
         documents = corpus()
         tokenizer = self._tokenizer(documents)
         eos = tokenizer.eos_token_id
         ids = [token for document in tokenizer(documents)["input_ids"] for token in [*document, eos]]
         stream = torch.tensor(ids)  # (tokens,)
         torch.manual_seed(self.seed)
-        config = MistralConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=8 * self.context,
-            sliding_window=None,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=eos,
-            pad_token_id=None,
-        )
-        model = MistralForCausalLM(config)
+        model = self.new_model(len(tokenizer), tokenizer.bos_token_id, eos)
         losses = self._train(model, stream)
         edge = max(1, self.steps // 20)
         model.bfloat16().save_pretrained(folder)
@@ -191,6 +185,25 @@ class MiniMistral:
             "loss_first": sum(losses[:edge]) / edge,
             "loss_last": sum(losses[-edge:]) / edge,
         }
+
+    def new_model(self, vocab_size: int, bos: int, eos: int) -> Any:
+        """An untrained model: the architecture class of the full-size one."""
+        from transformers import MistralConfig, MistralForCausalLM
+
+        config = MistralConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=8 * self.context,
+            sliding_window=None,
+            bos_token_id=bos,
+            eos_token_id=eos,
+            pad_token_id=None,
+        )
+        return MistralForCausalLM(config)
 
     def _tokenizer(self, documents: list[str]) -> Any:
         """A byte-level BPE with Mistral's special tokens: <s> in front, no padding token (as published)."""
@@ -259,3 +272,11 @@ class MiniMistral:
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
         return losses
+
+
+@dataclass(frozen=True)
+class Miniature:
+    """What supervised fine-tuning needs and the full-size recipe downloads: a base model and chats."""
+
+    model: MiniMistral
+    data: DocumentationChats

@@ -1,4 +1,4 @@
-"""The Mistral builders at tiny size: the mini recipe end to end, and stand-ins in the public data sets' row formats."""
+"""Causal language models at tiny size: the mini recipes end to end, and stand-ins in the public formats of rows."""
 
 import dataclasses
 import json
@@ -7,15 +7,22 @@ import pytest
 import torch
 from datasets import Dataset
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowra.bench.schema import open_dataset
-from lowra.builders.base import MARKER, recipe_key
-from lowra.builders.mistral import MistralDpoBuilder, MistralSftBuilder, Rows
-from lowra.builders.mistral_mini import DocumentationChats, DocumentationPreferences, MiniMistral, documentation
+from lowra.builders.base import recipe_key
+from lowra.builders.causal_lm import DpoBuilder, Rows, SftBuilder
+from lowra.builders.causal_lm_mini import (
+    DocumentationChats,
+    DocumentationPreferences,
+    Miniature,
+    MiniMistral,
+    documentation,
+)
+from lowra.builders.stages import finished
+from lowra.checks import make
 from lowra.errors import LowraError
 from lowra.paths import conf_dir
 from lowra.quiet import quiet
@@ -48,13 +55,18 @@ TINY = {
 
 def recipe(name):
     with initialize_config_dir(str(conf_dir()), version_base=None):
-        return instantiate(compose(overrides=[f"+builder={name}"]).builder, _convert_="object")
+        return make(compose(overrides=[f"+builder={name}"]).builder, "builder")
 
 
 def sft(**changes):
     builder = recipe("mistral_sft_mini")
-    data = DocumentationChats(rows=24, seed=0)
-    return dataclasses.replace(builder, **TINY | {"base": BASE, "data": data} | changes)
+    small = Miniature(BASE, DocumentationChats(rows=24, seed=0))
+    return dataclasses.replace(builder, **TINY | {"miniature": small} | changes)
+
+
+def sft_on(base, **changes):
+    """The stage on a base model and rows of a user's own."""
+    return sft(**{"base": base, "data": DocumentationChats(rows=24, seed=0), "miniature": None} | changes)
 
 
 def dpo(sft_builder, **changes):
@@ -64,7 +76,7 @@ def dpo(sft_builder, **changes):
         "learning_rate": 0.002,
         "max_prompt_length": 64,
         "max_length": 128,
-        "data": data,
+        "miniature": data,
         "sft": sft_builder,
     }
     return dataclasses.replace(builder, **settings | changes)
@@ -259,7 +271,7 @@ def test_each_model_has_its_own_share_of_the_rows(base):
 
 
 def test_preference_pairs_split_into_prompt_and_answers(base, tmp_path):
-    builder = dpo(sft(), data=ultrafeedback(tmp_path / "feedback"))
+    builder = dpo(sft(), data=ultrafeedback(tmp_path / "feedback"), miniature=None)
     pair = builder._pairs(tokenizer_of(base, builder.sft))[3]
     assert pair == {
         "prompt": "<|system|>\n</s>\n<|user|>\nSay 3.</s>\n",
@@ -315,7 +327,7 @@ def test_full_size_recipe_on_rows_in_the_public_formats(base, tmp_path):
 
 def test_a_model_does_not_depend_on_what_was_built_before_it(base, built, tmp_path):
     torch.manual_seed(5)
-    (adapter,) = sft(base=base, models=[1]).adapters(tmp_path / "x")
+    (adapter,) = sft_on(base, models=[1]).adapters(tmp_path / "x")
     alone, among = (load_file(path / "adapter_model.safetensors") for path in (adapter, adapters_of(built)[1]))
     assert all(torch.equal(alone[name], among[name]) for name in among)
 
@@ -323,7 +335,7 @@ def test_a_model_does_not_depend_on_what_was_built_before_it(base, built, tmp_pa
 def test_a_killed_build_resumes_from_its_checkpoint(base, tmp_path, monkeypatch):
     from trl import SFTTrainer
 
-    builder = sft(base=base, n_models=2, models=[0], save_steps=1, eval_rows=0)
+    builder = sft_on(base, models=[0], save_steps=1, eval_rows=0)
     steps = []
     step = SFTTrainer.training_step
 
@@ -338,7 +350,7 @@ def test_a_killed_build_resumes_from_its_checkpoint(base, tmp_path, monkeypatch)
         builder.adapters(tmp_path / "x")
     assert steps == [0, 1, 2]
     (adapter,) = builder.adapters(tmp_path / "x")
-    report = json.loads((adapter / MARKER).read_text())
+    report = finished(adapter)
     assert steps == [0, 1, 2, *range(2, report["steps"])]
     assert not (adapter / "checkpoints").exists()
 
@@ -348,12 +360,12 @@ def test_a_killed_build_resumes_from_its_checkpoint(base, tmp_path, monkeypatch)
 
 def test_missing_base(tmp_path):
     with pytest.raises(LowraError, match=r"not a model with its tokenizer.*builder\.base=FOLDER.*source=mini"):
-        sft(base=str(tmp_path)).check()
+        sft_on(str(tmp_path)).check()
 
 
 def test_tokenizer_without_chat_template(base):
     with pytest.raises(LowraError, match=r"no chat template; give builder\.chat_template"):
-        sft(base=base, chat_template=None).check()
+        sft_on(base, chat_template=None).check()
     with pytest.raises(LowraError, match=r"miniature's tokenizer has no chat template"):
         dpo(sft(chat_template=None)).check()
 
@@ -361,22 +373,32 @@ def test_tokenizer_without_chat_template(base):
 def test_rows_without_the_needed_columns(base, tmp_path):
     feedback, chat = ultrafeedback(tmp_path / "feedback"), ultrachat(tmp_path / "chat")
     with pytest.raises(LowraError, match=r"lacks column chosen, rejected; it has prompt, prompt_id, messages"):
-        dpo(sft(), data=chat).check()
+        dpo(sft(), data=chat, miniature=None).check()
     plain = true_format(tmp_path / "plain", ["messages"], [{"messages": "hello"}] * 5)
     with pytest.raises(LowraError, match=r"'messages' of the training data does not hold messages but 'hello'"):
-        sft(base=base, data=plain).check()
+        sft_on(base, data=plain).check()
     with pytest.raises(LowraError, match=r"Cannot load split 'train_sft'.*builder\.data\.path=FOLDER"):
-        sft(base=base, data=dataclasses.replace(feedback, split="train_sft")).check()
+        sft_on(base, data=dataclasses.replace(feedback, split="train_sft")).check()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"continues": "dpo"}, r"'dpo'; known: base, merged_sft, sft_adapter"),
+        ({"continues": "dpo"}, r"continues is 'dpo'; expected one of base, merged_sft, sft_adapter"),
         ({"models": [0, 2]}, r"models=\[0, 2\].*0 to 1"),
-        ({"models": []}, r"models=\[\]"),
-        ({"dtype": "int8"}, r"'int8'; known: bfloat16, float16, float32"),
-        ({"fraction": 0}, r"fraction=0.*\(0, 1\]"),
+        ({"models": []}, r"models is \[\]; expected a list \(each a whole number\), not empty or null"),
+        ({"dtype": "int8"}, r"dtype is 'int8'; expected one of bfloat16, float16, float32"),
+        ({"fraction": 0}, r"fraction is 0; expected a number, above 0 and at most 1"),
+        ({"learning_rate": -1}, r"builder.learning_rate is -1; expected a number, above 0"),
+        ({"learning_rate": "abc"}, r"builder.learning_rate is 'abc'; expected a number, above 0"),
+        ({"batch": 0}, r"builder.batch is 0; expected a whole number, at least 1"),
+        ({"targets": []}, r"builder.targets is \[\]; expected a list"),
+        ({"targets": ["query"]}, r"Unknown module in builder.targets 'query'; known: down_proj, gate_proj, k_proj"),
+        ({"rank": 9}, r"builder.rank is 9; the narrowest of builder.targets holds 1 to 8"),
+        ({"loss": "logistic"}, r"builder.loss is 'logistic'; expected one of sigmoid"),
+        ({"optimizer": "adam"}, r"Unknown builder.optimizer 'adam'; known: .*adamw_torch"),
+        ({"scheduler": "cosinus"}, r"Unknown builder.scheduler 'cosinus'; known: .*cosine"),
+        ({"data": DocumentationChats(3, 0)}, r"builder.data and builder.miniature are both given"),
         ({"max_prompt_length": 128}, r"no room for answers"),
         ({"continues": "sft_adapter", "rank": 3}, r"must be the same"),
     ],
@@ -400,10 +422,10 @@ def test_more_rows_than_the_standard_library_has():
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("mistral_sft_mini", MistralSftBuilder),
-        ("mistral_sft_build", MistralSftBuilder),
-        ("mistral_dpo_mini", MistralDpoBuilder),
-        ("mistral_dpo_build", MistralDpoBuilder),
+        ("mistral_sft_mini", SftBuilder),
+        ("mistral_sft_build", SftBuilder),
+        ("mistral_dpo_mini", DpoBuilder),
+        ("mistral_dpo_build", DpoBuilder),
     ],
 )
 def test_recipes_are_complete(name, kind):
@@ -411,6 +433,14 @@ def test_recipes_are_complete(name, kind):
     assert isinstance(builder, kind)
     assert builder.n_models == 15
     # Rank over width is the same in miniature.
-    if isinstance(builder, MistralSftBuilder) and isinstance(builder.base, MiniMistral):
-        assert builder.rank / builder.base.hidden_size == 64 / 4096
-        assert builder.base.heads // builder.base.kv_heads == 32 // 8
+    if isinstance(builder, SftBuilder) and builder.miniature is not None:
+        sizes = builder.miniature.model
+        assert builder.rank / sizes.hidden_size == 64 / 4096
+        assert sizes.heads // sizes.kv_heads == 32 // 8
+
+
+def test_a_base_of_ones_own_is_taken_or_refused_never_ignored(base):
+    local = dataclasses.replace(recipe("mistral_dpo_build"), sft=dataclasses.replace(sft_on(base)))
+    assert local.base == base  # what the run and its metrics ask for
+    with pytest.raises(LowraError, match=r"builder.base and builder.data are for builds from a given model"):
+        dpo(sft(base="/local")).check()

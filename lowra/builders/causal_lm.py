@@ -1,7 +1,8 @@
-"""The Mistral subsets (Appendix D.2): supervised fine-tuning, then direct preference optimisation, by TRL and PEFT.
+"""Causal language models: supervised fine-tuning, then direct preference optimisation, by TRL and PEFT.
 
-Fifteen LoRAs a stage; model s trains on its own random 80% of the data, drawn with seed s. The miniature is the same
-code on a small Mistral and on rows made of the interpreter's documentation (`mistral_mini`).
+With `conf/builder/mistral_*.yaml` these are the Mistral subsets (Appendix D.2). Fifteen LoRAs a stage; model s trains
+on its own random 80% of the data, drawn with seed s. The miniature is the same code on a small model and on rows made
+of the interpreter's documentation (`causal_lm_mini`).
 
 Deviations from the paper, and what it leaves open:
 
@@ -11,13 +12,12 @@ Deviations from the paper, and what it leaves open:
 3.  Current PEFT trains adapters in float32 on a bfloat16 base; PEFT of early 2024 trained them in the base's precision.
 4.  TRL packs ("wrapped") within batches of 1000 rows and keeps each batch's short tail; TRL of early 2024 packed in
     buffers of 7.5 million characters and dropped the tail.
-5.  "DPO continues the SFT model" has several readings: see `MistralDpoBuilder.continues`.
+5.  "DPO continues the SFT model" has several readings: see `DpoBuilder`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -25,20 +25,36 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from tqdm import tqdm
 
 from lowra.bench.schema import write_dataset
-from lowra.builders.base import MARKER, Built, recipe_key, stage
-from lowra.builders.lora import lora_layers
-from lowra.builders.mistral_mini import MiniMistral
+from lowra.builders.base import Built, recipe_key
+from lowra.builders.causal_lm_mini import DocumentationPreferences, Miniature
+from lowra.builders.peft_adapters import lora_layers
+from lowra.builders.stages import finished, stage
 from lowra.checkpoints.stored import component_folder
+from lowra.checks import (
+    Count,
+    Filled,
+    Name,
+    Names,
+    Number,
+    OneOf,
+    Positive,
+    Range,
+    Rate,
+    Share,
+    check_fields,
+)
 from lowra.errors import LowraError, unknown
 from lowra.quiet import quiet
 
+DTYPES = ("bfloat16", "float16", "float32")
 CONTINUES = ("base", "merged_sft", "sft_adapter")
+LOSSES = ("sigmoid", "hinge", "ipo", "apo_zero", "apo_down")  # TRL's that ask for nothing but pairs and beta
 
 
 class Data(Protocol):
@@ -56,8 +72,8 @@ class Rows:
     revision: the commit on the Hub, None for the newest; it has no meaning for a folder.
     """
 
-    path: str
-    split: str
+    path: Name
+    split: Name
     revision: str | None
 
     def load(self) -> Any:
@@ -82,35 +98,36 @@ class Rows:
 class _Stage:
     """What SFT and DPO have in common. Sizes are in tokens, sequences and rows; rates are those of one model.
 
-    data: the training rows. n_models: LoRAs of the subset, seeds 0 to n_models - 1. models: which of them to build
-    now, None for all. fraction: of the rows that one model sees. rank, alpha, dropout, targets: the LoRA.
+    data: the training rows, None where the miniature has its own. n_models: LoRAs of the subset, seeds 0 to
+    n_models - 1. models: which of them to build now, None for all. fraction: of the rows that one model sees.
+    rank, alpha, dropout, targets: the LoRA.
     warmup: share of the steps. batch x accumulation: sequences (SFT) or pairs (DPO) of one step. max_length: tokens of
     one sequence. dtype: precision the base is loaded and trained in. save_steps: steps between checkpoints that a
     killed build resumes from, 0 for none. eval_rows: held-out rows scored before and after training, 0 for none.
     """
 
-    data: Data
-    n_models: int
-    models: Sequence[int] | None = field(metadata={"recipe": False})
-    fraction: float
-    rank: int
-    alpha: int
-    dropout: float
-    targets: Sequence[str]
-    learning_rate: float
-    scheduler: str
-    warmup: float
-    epochs: float
-    batch: int
-    accumulation: int
-    max_length: int
-    optimizer: str
-    dtype: str
-    attention: str
+    data: Rows | Data | None
+    n_models: Annotated[int, Range(2)]
+    models: Annotated[Sequence[int], Filled()] | None = field(metadata={"recipe": False})
+    fraction: Annotated[float, Range(0, 1, above=True)]
+    rank: Count
+    alpha: Positive
+    dropout: Rate
+    targets: Names
+    learning_rate: Positive
+    scheduler: Name
+    warmup: Share
+    epochs: Positive
+    batch: Count
+    accumulation: Count
+    max_length: Annotated[int, Range(2)]
+    optimizer: Name
+    dtype: Annotated[str, OneOf(DTYPES)]
+    attention: Name
     gradient_checkpointing: bool
-    save_steps: int
-    eval_rows: int
-    logging_steps: int
+    save_steps: Number
+    eval_rows: Number
+    logging_steps: Count
 
     def _wanted(self) -> list[int]:
         """The seeds to build now. Raises LowraError for a seed that the subset does not have."""
@@ -123,20 +140,42 @@ class _Stage:
         return wanted
 
     def _check_stage(self) -> None:
+        from transformers import SchedulerType
+        from transformers.training_args import OptimizerNames
+
+        check_fields(self, "builder")
         self._wanted()
-        if self.dtype not in ("bfloat16", "float16", "float32"):
-            raise unknown("builder.dtype", self.dtype, ("bfloat16", "float16", "float32"))
-        if not 0 < self.fraction <= 1:
-            raise LowraError(f"builder.fraction={self.fraction} is no share of the data; expected a number in (0, 1].")
+        for name, value, known in (
+            ("optimizer", self.optimizer, OptimizerNames),
+            ("scheduler", self.scheduler, SchedulerType),
+        ):
+            if value not in (names := [str(one.value) for one in known]):
+                raise unknown(f"builder.{name}", value, names)
         if (gpus := torch.cuda.device_count()) > 1:
             raise LowraError(
                 f"{gpus} GPUs are visible and one trains one model: set CUDA_VISIBLE_DEVICES to one of them, and start "
                 "a process a GPU, each with its own builder.models=[...]."
             )
 
-    def _load(self, columns: Sequence[str]) -> Any:
+    def _check_targets(self, model: Any) -> None:
+        """Raise LowraError unless every target is a linear layer of the model, wide enough for the rank."""
+        from torch import nn
+
+        shapes: dict[str, list[int]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                shapes.setdefault(name.split(".")[-1], []).append(min(module.weight.shape))
+        for target in self.targets:
+            if target not in shapes:
+                raise unknown("module in builder.targets", target, shapes)
+        if self.rank > (narrow := min(min(shapes[target]) for target in self.targets)):
+            raise LowraError(f"builder.rank is {self.rank}; the narrowest of builder.targets holds 1 to {narrow}.")
+
+    def _load(self, source: Any, columns: Sequence[str]) -> Any:
         """The rows. Raises LowraError when a column is missing, does not hold messages, or there are too few rows."""
-        rows = self.data.load()
+        if source is None:
+            raise LowraError("There is no training data: give builder.data.path=..., or use source=mini.")
+        rows = source.load()
         if missing := [column for column in columns if column not in rows.column_names]:
             raise LowraError(
                 f"The training data lacks column {', '.join(missing)}; it has {', '.join(rows.column_names)}. "
@@ -239,15 +278,17 @@ def _scores(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class MistralSftBuilder(_Stage):
+class SftBuilder(_Stage):
     """Supervised fine-tuning on chats (Table 6).
 
-    base: Hub id or folder of the base model, or the recipe of a miniature. data: rows with a column `messages`.
+    base: Hub id or folder of the base model, None in miniature. data: rows with a column `messages`, None in miniature.
+    miniature: what takes their place.
     chat_template: Jinja text, None for the tokenizer's own. system: the message put in front of chats that have none
     (None puts none). packing: whether rows are joined and cut to `max_length`, or each is a sequence of its own.
     """
 
-    base: str | MiniMistral
+    base: str | None
+    miniature: Miniature | None
     chat_template: str | None
     system: str | None
     packing: bool
@@ -258,21 +299,36 @@ class MistralSftBuilder(_Stage):
         Small files of the base and the whole of the data are fetched for it.
         """
         self._check_stage()
-        self.check_base()
-        if isinstance(self.data, Rows):
-            self._load(["messages"])
+        self._check_targets(self.check_base())
+        if self.miniature is None:
+            self._load(self.data, ["messages"])
 
-    def check_base(self) -> None:
-        """Raise LowraError when the base is missing or its tokenizer lacks the chat template it is to give."""
-        if isinstance(self.base, MiniMistral):
+    def check_base(self) -> Any:
+        """The base model without weights (on the meta device).
+
+        Raises LowraError when it is missing, or its tokenizer lacks the chat template that the recipe does not give.
+        """
+        if self.miniature is not None:
+            if self.base is not None or self.data is not None:
+                raise LowraError(
+                    "builder.base and builder.data are for builds from a given model and rows, and builder.miniature "
+                    "makes its own; use source=build, or builder.miniature=null."
+                )
             if self.chat_template is None:
                 raise _no_template("The miniature's tokenizer")
-            return
-        from transformers import AutoConfig, AutoTokenizer
+            model = self.miniature.model
+            model.check()
+            with torch.device("meta"):
+                return model.new_model(model.vocab_size, 1, 2)
+        if self.base is None:
+            raise LowraError("There is no base model: give builder.base=..., a Hub id or folder, or use source=mini.")
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         folder = Path(self.base)
         try:
-            AutoConfig.from_pretrained(self.base)
+            config = AutoConfig.from_pretrained(self.base)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
             tokenizer = AutoTokenizer.from_pretrained(self.base)
         except Exception as error:  # many kinds, all meaning that there is no usable model
             first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -283,6 +339,7 @@ class MistralSftBuilder(_Stage):
             ) from None
         if self.chat_template is None and tokenizer.chat_template is None:
             raise _no_template(f"The tokenizer of {self.base}")
+        return model
 
     def build(self, folder: Path) -> Built:
         """Make the subset in `folder`: base (in miniature), adapters, data set.
@@ -296,21 +353,20 @@ class MistralSftBuilder(_Stage):
 
     def base_folder(self, folder: Path) -> Path:
         """The base checkpoint's folder: fetched, or trained in miniature and kept in `folder`."""
-        if not isinstance(self.base, MiniMistral):
-            return component_folder(self.base)
+        if self.miniature is None:
+            return component_folder(str(self.base))
         with quiet() if self.quiet else nullcontext():
-            stage(folder / "base", self.base.build)
+            stage(folder / "base", self.miniature.model.build)
         return folder / "base"
 
     def base_report(self, folder: Path) -> dict[str, Any]:
         """Numbers about the miniature's pre-training; empty for a published base."""
-        marker = folder / "base" / MARKER
-        return json.loads(marker.read_text()) if marker.exists() else {}
+        return finished(folder / "base") or {}
 
     def adapters(self, folder: Path) -> list[Path]:
         """Train what is missing of the wanted models; their adapter folders, in order."""
         paths = {seed: folder / "adapters" / f"{seed:02d}" for seed in self._wanted()}
-        missing = {seed: path for seed, path in paths.items() if not (path / MARKER).exists()}
+        missing = {seed: path for seed, path in paths.items() if finished(path) is None}
         if missing:
             with quiet() if self.quiet else nullcontext():
                 base = self.base_folder(folder)
@@ -323,7 +379,7 @@ class MistralSftBuilder(_Stage):
     @property
     def quiet(self) -> bool:
         """Whether the libraries' own progress bars are off: a miniature's models take seconds each."""
-        return isinstance(self.base, MiniMistral)
+        return self.miniature is not None
 
     def tokenizer(self, base: Path) -> Any:
         """The base's tokenizer with the chat template, padding with </s> as the handbook does."""
@@ -350,7 +406,7 @@ class MistralSftBuilder(_Stage):
             ids = [[*row, eos] for row in tokenizer(texts)["input_ids"]]
             return {"input_ids": ids, "labels": ids}
 
-        rows = self._load(["messages"])
+        rows = self._load(self.data if self.miniature is None else self.miniature.data, ["messages"])
         return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenizing chats")
 
     def _train(self, folder: Path, seed: int, base: Path, tokenizer: Any, rows: Any) -> dict[str, Any]:
@@ -378,31 +434,35 @@ class MistralSftBuilder(_Stage):
         Raises LowraError when some of the subset's models are not built yet.
         """
         adapters = {f"{name}-{seed:02d}": folder / "adapters" / f"{seed:02d}" for seed in range(builder.n_models)}
-        if missing := [label for label, path in adapters.items() if not (path / MARKER).exists()]:
+        reports = {label: finished(path) for label, path in adapters.items()}
+        if missing := [label for label, report in reports.items() if report is None]:
             raise LowraError(
                 f"{builder.n_models - len(missing)} of {builder.n_models} models are built in {folder}; the data set "
                 f"is written once all are there. Still to build: {', '.join(missing)} (builder.models=[...])."
             )
-        if not (folder / "dataset").exists():
-            pre_ft_name = "mini-mistral" if isinstance(self.base, MiniMistral) else str(self.base)
+
+        def write(place: Path) -> None:
+            pre_ft_name = "mini-mistral" if self.base is None else self.base
             layers = tqdm(lora_layers(base, adapters, pre_ft_name=pre_ft_name), desc="write layers", leave=False)
-            write_dataset(layers, folder / "dataset")
+            write_dataset(layers, place / "parquet")
+
+        stage(folder / "dataset", write)
         evaluation = None
-        if isinstance(self.base, MiniMistral):
+        if self.miniature is not None:
             evaluation = folder / "evaluation"
-            evaluation.mkdir(exist_ok=True)
-            prompts = files("lowra.metrics").joinpath("prompts_mini.json").read_text(encoding="utf-8")
-            (evaluation / "prompts.json").write_text(prompts, encoding="utf-8")
-        models = [json.loads((path / MARKER).read_text()) for path in adapters.values()]
-        return Built(folder / "dataset", str(base), evaluation, report | {name: _mean(models)})
+            stage(evaluation, _write_prompts)
+        models = [report for report in reports.values() if report is not None]
+        return Built(folder / "dataset" / "parquet", str(base), evaluation, report | {name: _mean(models)})
 
 
 @dataclass(frozen=True)
-class MistralDpoBuilder(_Stage):
+class DpoBuilder(_Stage):
     """Direct preference optimisation on pairs (Table 7).
 
-    sft: the stage before, whose base, tokenizer and text format this one shares. data: rows with columns `chosen` and
-    `rejected`. beta, loss: DPO's. max_prompt_length: tokens a prompt keeps, from its end, where a pair is too long.
+    sft: the stage before, whose base, tokenizer and text format this one shares; sft_subset: the subset that it is, as
+    whose it is kept in the cache. data: rows with columns `chosen` and `rejected`, None in miniature. miniature: what
+    takes their place. beta, loss: DPO's. max_prompt_length: tokens a prompt keeps, from its end, where a pair is too
+    long.
     continues: what DPO starts from, since the paper's "continues the training of the SFT model" has several readings.
     In all of them the data set holds W = the base's weight and an update of rank r:
 
@@ -414,17 +474,17 @@ class MistralDpoBuilder(_Stage):
     - "base": a fresh adapter on the base, against the base. There is no SFT stage.
     """
 
-    sft: MistralSftBuilder
-    continues: str
-    beta: float
-    loss: str
-    max_prompt_length: int
+    sft: SftBuilder
+    sft_subset: Name = field(metadata={"recipe": False})
+    miniature: DocumentationPreferences | None
+    continues: Annotated[str, OneOf(CONTINUES)]
+    beta: Positive
+    loss: Annotated[str, OneOf(LOSSES)]
+    max_prompt_length: Count
 
     def check(self) -> None:
         """Raise LowraError for what would stop the build later, in this stage or in the SFT stage it continues."""
         self._check_stage()
-        if self.continues not in CONTINUES:
-            raise unknown("builder.continues", self.continues, CONTINUES)
         if self.max_prompt_length >= self.max_length:
             raise LowraError(
                 f"builder.max_prompt_length={self.max_prompt_length} leaves no room for answers in "
@@ -435,24 +495,30 @@ class MistralDpoBuilder(_Stage):
                 f"DPO continues the SFT adapter, whose rank and alpha are {self.sft.rank} and {self.sft.alpha}; "
                 f"builder.rank={self.rank} and builder.alpha={self.alpha} must be the same."
             )
-        if isinstance(self.data, Rows):
-            self._load(["chosen", "rejected"])
-        if self.continues == "base":
-            self.sft.check_base()
-        else:
+        self._check_targets(self.sft.check_base())
+        if self.miniature is not None and self.data is not None:
+            raise LowraError("builder.data and builder.miniature are both given; set one of them to null.")
+        if self.miniature is None:
+            self._load(self.data, ["chosen", "rejected"])
+        if self.continues != "base":
             self._sft().check()
 
-    def _sft(self) -> MistralSftBuilder:
+    @property
+    def base(self) -> str | None:
+        """The base model: the SFT stage's."""
+        return self.sft.base
+
+    def _sft(self) -> SftBuilder:
         """The SFT stage of the models wanted here."""
         return dataclasses.replace(self.sft, models=self.models)
 
     def build(self, folder: Path) -> Built:
         """Make the subset in `folder`; the base and the SFT adapters are those of the SFT subset beside it.
 
-        With `models` given, see `MistralSftBuilder.build`.
+        With `models` given, see `SftBuilder.build`.
         """
         sft = self._sft()
-        sft_folder = _beside(folder, sft)
+        sft_folder = self._sft_folder(folder)
         base = sft.base_folder(sft_folder)
         starts = dict.fromkeys(self._wanted())
         if self.continues != "base":
@@ -460,10 +526,15 @@ class MistralDpoBuilder(_Stage):
         self._adapters(folder, base, starts)
         return sft.finish(folder, base, self, "dpo", {"base": sft.base_report(sft_folder)})
 
+    def _sft_folder(self, folder: Path) -> Path:
+        """The SFT subset's cache folder, beside DPO's: both are named <subset>-<source>-<recipe key>."""
+        source = folder.name.split("-")[-2]
+        return folder.parent / f"{self.sft_subset}-{source}-{recipe_key(self.sft)}"
+
     def _adapters(self, folder: Path, base: Path, starts: Mapping[int, Path | None]) -> None:
         """Train what is missing of the wanted models. starts: seed to SFT adapter."""
         paths = {seed: folder / "adapters" / f"{seed:02d}" for seed in starts}
-        missing = {seed: path for seed, path in paths.items() if not (path / MARKER).exists()}
+        missing = {seed: path for seed, path in paths.items() if finished(path) is None}
         if not missing:
             return
         with quiet() if self.sft.quiet else nullcontext():
@@ -494,7 +565,7 @@ class MistralDpoBuilder(_Stage):
                 prompt = tokenizer.decode(ids[-self.max_prompt_length :]).removeprefix(tokenizer.bos_token or "")
             return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
-        rows = self._load(["chosen", "rejected"])
+        rows = self._load(self.miniature or self.data, ["chosen", "rejected"])
         return rows.map(encode, remove_columns=rows.column_names, desc="Rendering pairs")
 
     def _train(
@@ -521,10 +592,10 @@ class MistralDpoBuilder(_Stage):
         return _run(trainer, folder)
 
 
-def _beside(folder: Path, sft: MistralSftBuilder) -> Path:
-    """The SFT subset's cache folder, beside DPO's: both are named <subset>-<source>-<recipe key>."""
-    source = folder.name.split("-")[1:-1]
-    return folder.parent / "-".join(["mistral_sft", *source, recipe_key(sft)])
+def _write_prompts(folder: Path) -> None:
+    """The miniature's evaluation prompts."""
+    prompts = files("lowra.metrics").joinpath("prompts_mini.json").read_text(encoding="utf-8")
+    (folder / "prompts.json").write_text(prompts, encoding="utf-8")
 
 
 def _no_template(whose: str) -> LowraError:

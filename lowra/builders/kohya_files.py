@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lowra.bench.updates import Update, check_alpha, check_rank
 from lowra.checkpoints.stored import component_folder
 from lowra.errors import LowraError
 
@@ -54,15 +55,6 @@ class Module:
         """The module's name in a kohya file."""
         flat = self.path.replace(".", "_")
         return f"lora_te_text_model_{flat}" if self.component == "text_encoder" else f"lora_unet_{flat}"
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One module's update, (alpha / r) B A. A: (r, k), B: (d, r), float32; alpha in units of the rank."""
-
-    A: Tensor
-    B: Tensor
-    alpha: float
 
 
 # ---- What a file should hold ------------------------------------------------------------------------------------
@@ -159,11 +151,13 @@ class LoraFile:
 
     Raises LowraError on opening for a file that is not safetensors, keys of other methods (LoHa, LoKr, DoRA, ...),
     modules that the base does not have or whose shape does not fit, half-present factors and values that are not
-    finite. An alpha may be missing: the scale is 1 then, as in diffusers.
+    finite, alphas included. An alpha may be missing: the scale is 1 then, as in diffusers.
+    name: of the updates, the file's own by default.
     """
 
-    def __init__(self, path: Path, modules: Sequence[Module]) -> None:
+    def __init__(self, path: Path, modules: Sequence[Module], name: str | None = None) -> None:
         self.path = path
+        self.name = name or path.stem
         if not path.is_file():
             raise LowraError(f"LoRA file {path} does not exist.")
         try:
@@ -199,16 +193,21 @@ class LoraFile:
         """The modules the file adapts, in the base model's order."""
         return tuple(self._keys)
 
-    def read(self, module: Module) -> Factors:
-        """The factors of one module in float32."""
+    def read(self, module: Module) -> Update:
+        """The update of one module, factors in float32."""
         keys = self._keys[module]
         a, b = self._file.get_tensor(keys["A"]), self._file.get_tensor(keys["B"])
-        rank = a.shape[0]
+        where = f"of module {module.kohya_name!r} in {self.path.name}"
+        rank = check_rank(a.shape[0], f"The rank {where}")
+        stored: Any = None
+        kind = "lora"
         if "alpha" in keys:
-            alpha = float(self._file.get_tensor(keys["alpha"]))
+            tensor = self._file.get_tensor(keys["alpha"])
+            stored = tensor.item() if tensor.numel() == 1 else tensor.tolist()
         else:
-            alpha = _configured_alpha(self._settings.get(module.component, {}), module, rank)
-        return Factors(a.flatten(1).float(), b.flatten(1).float(), alpha)
+            stored, kind = _configured_alpha(self._settings.get(module.component, {}), module, rank)
+        alpha = check_alpha(stored, rank, f"The alpha {where}")
+        return Update(self.name, rank, alpha, a.flatten(1).float(), b.flatten(1).float(), kind)
 
     def _parse(self, key: str) -> tuple[str, str]:
         """A key's role ("A", "B" or "alpha") and the name in front of it."""
@@ -230,17 +229,17 @@ class LoraFile:
             )
         a, b = (tuple(self._file.get_slice(keys[role]).get_shape()) for role in ("A", "B"))
         d, k = module.shape[:2]
-        if a[0] != b[1] or a[1] != k or b[0] != d or math.prod(a[2:]) * math.prod(b[2:]) != 1:
+        if a[:1] != b[1:2] or a[1:2] != (k,) or b[:1] != (d,) or math.prod(a[2:]) * math.prod(b[2:]) != 1:
             raise LowraError(
                 f"{self.path.name} is of another architecture: module {module.kohya_name!r} has A {a} and B {b}, but "
                 f"the base model's weight is {module.shape}, so A must be (r, {k}) and B ({d}, r)."
             )
 
     def _is_trained(self, module: Module) -> bool:
-        factors = self.read(module)
-        if not all(bool(torch.isfinite(factor).all()) for factor in (factors.A, factors.B)):
+        update = self.read(module)
+        if not all(bool(torch.isfinite(factor).all()) for factor in (update.A, update.B)):
             raise LowraError(f"{self.path.name} has NaN or infinite values in module {module.kohya_name!r}.")
-        return factors.alpha != 0 and bool(factors.B.any()) and bool(factors.A.any())
+        return update.alpha != 0 and bool(update.B.any()) and bool(update.A.any())
 
     def _adapter_settings(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """PEFT's LoraConfig per component, where the file's alphas are kept there instead of in tensors.
@@ -263,31 +262,29 @@ class LoraFile:
         return settings
 
 
-def _configured_alpha(settings: Mapping[str, Any], module: Module, rank: int) -> float:
-    """A module's alpha by PEFT's rules; the rank itself (scale 1) where nothing is configured."""
+def _configured_alpha(settings: Mapping[str, Any], module: Module, rank: int) -> tuple[Any, str]:
+    """A module's alpha by PEFT's rules, and its kind of update; the rank itself (scale 1) where none is configured."""
+    kind = "rslora" if settings.get("use_rslora") else "lora"
     if "lora_alpha" not in settings:
-        return float(rank)
-    alpha = settings["lora_alpha"]
+        return rank, "lora"
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module.path):
-            alpha = value
-            break
-    # Rank-stabilised LoRA scales by alpha / sqrt(r).
-    return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
+            return value, kind
+    return settings["lora_alpha"], kind
 
 
 # ---- Writing ----------------------------------------------------------------------------------------------------
 
 
-def write_kohya(path: Path, factors: Mapping[Module, Factors], dtype: torch.dtype = torch.float16) -> None:
+def write_kohya(path: Path, updates: Mapping[Module, Update], dtype: torch.dtype = torch.float16) -> None:
     """Write a LoRA as kohya's scripts do: three keys per module, 1x1 convolutions four-dimensional.
 
     dtype: of the factors; float16 is what most published files have.
     """
     tensors: dict[str, Tensor] = {}
-    for module, lora in factors.items():
+    for module, update in updates.items():
         kernel = module.shape[2:]
-        tensors[f"{module.kohya_name}.lora_down.weight"] = lora.A.reshape(*lora.A.shape, *kernel).to(dtype).contiguous()
-        tensors[f"{module.kohya_name}.lora_up.weight"] = lora.B.reshape(*lora.B.shape, *kernel).to(dtype).contiguous()
-        tensors[f"{module.kohya_name}.alpha"] = torch.tensor(lora.alpha, dtype=dtype)
+        a, b = (factor.reshape(*factor.shape, *kernel).to(dtype).contiguous() for factor in (update.A, update.B))
+        tensors |= {f"{module.kohya_name}.lora_down.weight": a, f"{module.kohya_name}.lora_up.weight": b}
+        tensors[f"{module.kohya_name}.alpha"] = torch.tensor(update.lora_alpha, dtype=dtype)
     save_file(tensors, path, metadata={"ss_network_module": "networks.lora"})

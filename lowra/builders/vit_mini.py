@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lowra.builders.vit_images import PRETRAINING_CLASSES, TASKS, draw_images, draw_thing
+from lowra.builders.vit_pictures import PRETRAINING_CLASSES, TASKS, draw_images, draw_thing
+from lowra.checks import Count, Positive, Share, Weight
+from lowra.errors import LowraError
 
 
 @dataclass(frozen=True)
@@ -24,22 +26,30 @@ class Miniature:
     evaluation_per_class: held-out images per class on which activations are compared.
     """
 
-    image_size: int
-    patch_size: int
-    width: int
-    depth: int
-    heads: int
-    initial_std: float
-    train: int
-    val: int
-    pretraining_images: int
-    held_out: int
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    warmup: float
-    evaluation_per_class: int
+    image_size: Count
+    patch_size: Count
+    width: Count
+    depth: Count
+    heads: Count
+    initial_std: Positive
+    train: Count
+    val: Count
+    pretraining_images: Count
+    held_out: Count
+    epochs: Count
+    batch_size: Count
+    learning_rate: Positive
+    weight_decay: Weight
+    warmup: Share
+    evaluation_per_class: Count
+
+    def check(self) -> None:
+        """Raise LowraError for sizes that do not go together."""
+        if self.width % self.heads or self.image_size % self.patch_size:
+            raise LowraError(
+                f"builder.miniature: width={self.width} must be a multiple of heads={self.heads}, and "
+                f"image_size={self.image_size} of patch_size={self.patch_size}."
+            )
 
     def new_model(self) -> Any:
         """An untrained model: the architecture class of the full-size one."""
