@@ -54,13 +54,14 @@ SURE = 0.999
 class Decoded:
     """What a sweep found.
 
-    predicted: expected share of W on the bit. sure: share of weights known with probability `SURE`. slope: of the fit
-    at the new sites, None after the last sweep. held: one record per block. weight (d, k) and chance (d, k) float16,
+    predicted: expected share of W on the bit. sure: share of weights known with probability `SURE`. square_error:
+    expected mean square of the error, in the units of the cells. slope: of the fit at the new sites, None after the last sweep. held: one record per block. weight (d, k) and chance (d, k) float16,
     the likeliest numbers and their probability, are kept when asked for.
     """
 
     predicted: float = 0.0
     sure: float = 0.0
+    square_error: float = 0.0
     slope: Factors | None = None
     evidence: Evidence = field(default_factory=lambda: Evidence((1.0,)))
     weight: Tensor | None = None
@@ -95,6 +96,7 @@ class Sweep:
             self._block(rows, found, by_left, by_right, last)
         found.predicted /= d * k
         found.sure /= d * k
+        found.square_error /= d * k
         if not last:
             ridge(self.factors.sizes(), self.factors, by_left, by_right, -1.0)
             found.slope = Factors(tuple(by_left), tuple(by_right))
@@ -173,6 +175,7 @@ class Sweep:
             ):
                 out.view(-1).index_copy_(0, open_, values)
             share = part.share
+            found.square_error += float(part.variance.addcmul(miss := part.mean - part.best, miss).sum())
             if found.weight is not None:
                 best = near.view(-1).index_copy(0, open_, part.best).view(shape)
         decided = near.numel() - len(open_)

@@ -75,7 +75,7 @@ def decode(grid: Grid, centre: Tensor, half: Tensor, variance: Tensor, limit: fl
     spread = 1 / total
     step = grid.spacing(what)
     wide = spread > (WIDE * step) ** 2
-    mean, var, best = what.clone(), spread.clone(), what.clone()
+    mean, var, best = what.clone(), spread.clone(), grid.nearest(what)
     share = (step / (math.sqrt(2 * math.pi) * spread.sqrt())).clamp_(max=1)  # of the spacing around the estimate
     weight, site = torch.zeros_like(what), what.clone()
     narrow = (~wide).nonzero().squeeze(1)

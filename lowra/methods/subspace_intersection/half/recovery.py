@@ -41,6 +41,9 @@ COARSER = 0.6
 # Predicted share above which an answer that is certified is not compared with the vote.
 EASY = 0.97
 
+# Rounds of a start that is a last resort.
+LAST_RESORT = 10
+
 AT_ONCE = (1000.0,)
 FINISH = (30.0, 300.0, 1000.0)
 
@@ -50,7 +53,8 @@ class HalfAnswer:
     """What the cells say of W.
 
     weight: (d, k) float32, the likeliest numbers. chance: (d, k) float16, their probabilities. predicted: expected
-    share of them that is right on the bit. sure: share with a chance of at least `SURE`. misfit: the largest chi of a
+    share of them that is right on the bit. sure: share with a chance of at least `SURE`. w_error: log10
+    of the expected mean square error. misfit: the largest chi of a
     model. likelihood: mean log probability of a held-out cell, deviation: less its expectation,
     overconfidence: the same had the held-out cells not calibrated the updates' variances. start: name of the
     start. grid: name of W's. certified: as the module says. settled: the rounds came to rest.
@@ -60,6 +64,7 @@ class HalfAnswer:
     chance: Tensor
     predicted: float
     sure: float
+    w_error: float
     misfit: float
     likelihood: float
     deviation: float
@@ -70,6 +75,25 @@ class HalfAnswer:
     rounds: int
     certified: bool
     tried: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sentence(self) -> str:
+        """How far it can be trusted."""
+        share = f"{self.predicted:.2%} of the weights are expected to be exact, {self.sure:.2%} are sure"
+        if self.certified:
+            return f"Certified by held-out cells: {share}."
+        if self.start == "vote":
+            return (
+                "Not certified: no updates of low rank were found that predict stored numbers held out; what most "
+                f"models store is returned. {share[0].upper()}{share[1:]}."
+            )
+        if self.misfit > MISFIT:
+            why = f"leaves a misfit of {self.misfit:.2f} times the rounding"
+        elif self.deviation < DEVIATION:
+            why = f"predicts stored numbers held out worse than it should, by {-self.deviation:.2f} nats"
+        else:
+            why = f"fits the numbers it was made from much better than numbers held out ({-self.overconfidence:.2f} nats)"
+        return f"Not certified: the best explanation found {why}. If it is right: {share}."
 
 
 def certifiable(run: Run, models: int) -> bool:
@@ -112,7 +136,12 @@ class Recoverer:
         whole = Cells(self.stack, self.dtypes, scale, grid_of(base, scale), hold_out(self.stack, self.generator))
         tried: dict[str, float] = {}
         if n < MODELS:
-            return self._answer(self._unfitted(whole), "vote", base, scale, tried)
+            alone = self._unfitted(whole)
+            assert alone.chance is not None
+            # Two models share explanations that no probability within one of them knows of: nothing is sure.
+            alone.chance.clamp_(max=0.99)
+            alone.sure = 0.0
+            return self._answer(alone, "vote", base, scale, tried)
         part = levels.choose_part((d, k), self.hint or max(self.counted, LIKELY), self.generator, self.stack.device)
         cells, estimate = whole, self.estimate
         if part is not None:
@@ -161,6 +190,7 @@ class Recoverer:
             chance=decoded.chance,
             predicted=decoded.predicted,
             sure=decoded.sure,
+            w_error=math.log10(max(decoded.square_error, 1e-300)) - 2 * math.log10(scale),
             misfit=max(run.misfit) if run else 0.0,
             likelihood=decoded.evidence.likelihood,
             deviation=decoded.evidence.calibrated_deviation,
@@ -183,7 +213,7 @@ class Recoverer:
             if best is not None and (last_resort or faint > FAINT) and certifiable(best[1], n):
                 continue
             factors = factored(cells.stack * cells.scale, weight * cells.scale, [rank] * n, self.generator)
-            run = converge(cells, factors, clips)
+            run = converge(cells, factors, clips, most=LAST_RESORT if last_resort else MOST)
             tried[name + label] = run.likelihood
             if best is None or run.likelihood > best[1].likelihood:
                 best = name + label, run

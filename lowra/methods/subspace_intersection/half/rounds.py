@@ -33,7 +33,7 @@ ITERATIONS, TOLERANCE = 15, 0.05
 STILL = 1e-3
 
 # Rounds at most.
-MOST = 20
+MOST = 16
 
 # Directions are pruned once the clip is at least this share of the last one: below it, small weights cannot yet speak
 # for the directions that only they see.
