@@ -90,42 +90,44 @@ def evidence(
     )  # (n, q)
     grids = [grid_of(dtype, cells.scale) for dtype in cells.dtypes]
     own = Grid(stored.new_tensor([g.eps for g in grids])[model], stored.new_tensor([g.tiny for g in grids])[model])
-    pairs = [
-        predicted(cells.base, own, stored, model, centre, widths, spreads * factor + rests) for factor in found.factors
-    ]
-    actual, expected = zip(*pairs, strict=True)
-    found.actual.append(torch.stack(actual))
-    found.expected.append(torch.stack(expected))
+    factors = centre.new_tensor(found.factors)[:, None, None]
+    actual, expected = predicted(cells.base, own, stored, model, centre, widths, spreads * factors + rests)
+    found.actual.append(actual)
+    found.expected.append(expected)
 
 
 def predicted(
     base: Grid | None, own: Grid, stored: Tensor, model: Tensor, centre: Tensor, widths: Tensor, spreads: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log probability of stored numbers (q,) of some models, and its expectation; (n, q) what all models say there."""
+    """Log probability of stored numbers (q,) of some models, and its expectation, (f, q) each.
+
+    centre, widths: (n, q) what all models say there; spreads: (f, n, q) variances of the updates, in several versions,
+    of which the first decides where to look.
+    """
     q = torch.arange(len(model), device=model.device)
     # The own model's target is the centre of its cell less its update.
     update = own.cell(stored)[0] - centre[model, q]
-    spread = spreads[model, q]
+    spread = spreads[:, model, q]  # (f, q)
     precision = 1 / (widths.square() / 3 + spreads)
-    total = precision.sum(0)
-    what = (precision * centre).sum(0) / total
-    middle = what + update
-    seen = around(own, middle, SIDES_STORED)  # (s, q)
+    total = precision.sum(1)  # (f, q)
+    what = (precision * centre).sum(1) / total
+    seen = around(own, what[0] + update, SIDES_STORED)  # (s, q)
     edges_centre, edges_half = own.cell(torch.cat([seen, stored[None]]))  # (s + 1, q)
-    wide = mass(edges_centre - middle, edges_half, (spread + 1 / total).sqrt())
-    probability = wide
+    middle = edges_centre - (what + update)[:, None]
+    probability = mass(middle, edges_half, (spread + 1 / total).sqrt()[:, None])  # (f, s + 1, q)
     if base is not None:
         broad = 1 / total > (WIDE * base.spacing(what)) ** 2
-        candidates = around(base, what, SIDES_BASE)  # (g, q)
-        chances = torch.softmax(log_posterior(candidates, centre, widths, spreads.sqrt()), 0)
-        probability = torch.zeros_like(edges_centre)
-        deviation = spread.sqrt()
+        candidates = around(base, what[0], SIDES_BASE)  # (g, q)
+        logs = log_posterior(candidates[:, None], centre, widths, spreads.sqrt().transpose(0, 1))  # (g, f, q)
+        chances = torch.softmax(logs, 0)
+        narrow = torch.zeros_like(probability)
+        deviation = spread.sqrt()[:, None]
         for candidate, chance in zip(candidates, chances, strict=True):
-            probability += chance * mass(edges_centre - candidate - update, edges_half, deviation)
-        probability = torch.where(broad, wide, probability)
+            narrow.addcmul_(chance[:, None], mass(edges_centre - candidate - update, edges_half, deviation))
+        probability = torch.where(broad[:, None], probability, narrow)
     logs = probability.clamp_(min=1e-30).log()
-    expected = (probability[:-1] * logs[:-1]).sum(0)
-    return logs[-1].clamp(min=LEAST), expected
+    expected = (probability[:, :-1] * logs[:, :-1]).sum(1)
+    return logs[:, -1].clamp(min=LEAST), expected
 
 
 def mass(distance: Tensor, half: Tensor, deviation: Tensor) -> Tensor:

@@ -55,11 +55,12 @@ def around(grid: Grid, number: Tensor, sides: int) -> Tensor:
 def log_posterior(candidates: Tensor, centre: Tensor, half: Tensor, deviation: Tensor) -> Tensor:
     """Log of the posterior, up to a constant, of each candidate (g, q) for W.
 
-    centre, half, deviation: (n, q), the cells of W'_i - M_i with the deviation of M_i.
+    centre, half, deviation: (n, q), the cells of W'_i - M_i with the deviation of M_i; more dimensions broadcast.
     """
-    total = torch.zeros_like(candidates)
+    total: Tensor | float = 0.0
     for c, h, s in zip(centre, half, deviation, strict=True):
-        total += log_probability((candidates - c).div_(s), h / s)
+        total = log_probability((candidates - c) / s, h / s).add_(total)
+    assert isinstance(total, Tensor)
     return total
 
 
