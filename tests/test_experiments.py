@@ -27,7 +27,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=NAMES)
-def ran(request: pytest.FixtureRequest, tiny: Path, configure: Any) -> tuple[str, list[View], Any]:
+def ran(
+    request: pytest.FixtureRequest, tiny: Path, configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, list[View], Any]:
+    monkeypatch.setattr("lowra.plan.cores", lambda: 1)  # layers this small only wait for a second thread
     name = request.param
     small = [f"experiment={name}", "source=published", f"source.path={tiny}", "metrics=[]", "jobs=1", "subset.steps=10"]
     cfg = configure(*small)

@@ -270,6 +270,16 @@ def test_coarser_merges_are_labelled(custom: Configure) -> None:
     }
 
 
+def test_models_of_another_base_are_a_setting_of_their_own(custom: Configure) -> None:
+    folder = pipeline.run(custom()).folder
+    pipeline.run(custom("merge.foreign=1"))
+    layers = read([folder]).layers.set_index(["merge_order", "trial", "layer_name"])["w_error"]
+    plain, foreign = layers["once"], layers["once, 1 foreign"]
+    # One of three is of a base as far away as W is large: (0.05^2 * 2) / 9 in the mean square.
+    assert (foreign > plain + 1).all()
+    assert foreign.mean() == pytest.approx(math.log10(0.05**2 * 2 / 9), abs=0.1)
+
+
 def test_ranks_may_differ_between_loras(tmp_path: Path, custom: Configure) -> None:
     path = write_dataset(planted_layers(ranks=(2, 4)), tmp_path / "mixed")
     layers = read([pipeline.run(custom(f"source.path={path}")).folder]).layers

@@ -231,7 +231,7 @@ class _Stage:
 
         return LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type] # PEFT says int and takes any number
             lora_dropout=self.dropout,
             bias="none",
             task_type="CAUSAL_LM",

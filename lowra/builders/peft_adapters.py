@@ -123,7 +123,11 @@ def skeleton(base: Path) -> Any:
 
     if not (base / "config.json").exists():
         raise LowraError(f"{base} has no config.json; expected a model saved by transformers.")
-    config = transformers.AutoConfig.from_pretrained(base)
+    try:
+        config = transformers.AutoConfig.from_pretrained(base)
+    except Exception as error:  # transformers raises several kinds for a damaged file
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LowraError(f"{base / 'config.json'} cannot be read ({first}); fetch it again.") from None
     name = (config.architectures or ["none"])[0]
     if not hasattr(transformers, name):
         raise LowraError(f"{base}/config.json names architecture {name!r}, which transformers does not have.")

@@ -277,8 +277,8 @@ def track(view: View) -> str | None:
 def leaderboard(views: Sequence[View]) -> pd.DataFrame:
     """One row per track, subset, source and method, all numbers; `view` is the position of its view.
 
-    The paper's number of models, three in the track `three`; the tracks `released` and `defended` show every number of
-    models they have.
+    Variants that were run for curves over iterations are no entries. The paper's number of models, three in the track
+    `three`; the tracks `released` and `defended` show every number of models they have.
     """
     rows = []
     for position, view in enumerate(views):
@@ -288,6 +288,9 @@ def leaderboard(views: Sequence[View]) -> pd.DataFrame:
         numbers = paper_numbers(view.subset)
         wanted = 3 if name == "three" else numbers["n_loras"] if numbers else None
         table = view.numbers
+        options = {row: view.options(row) for row in view.rows}
+        curves = [row for row in view.rows if options[row].get("stop_after") or options[row].get("keep_history")]
+        table = table[~table["label"].isin(curves)]
         if name not in ("released", "defended") and wanted is not None:
             table = table[table["n_loras"] == wanted]
         for row in table.to_dict("records"):

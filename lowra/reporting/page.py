@@ -114,7 +114,7 @@ def _sources(layers: pd.DataFrame, anchors: Mapping[str, tuple[str, int]]) -> li
 
 def _board(found: Sequence[View], anchors: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
     table = leaderboard(found)
-    heads = ["track", "subset", "source", "n", "method", "draws", "W-Error ↓", "floor", "exact weights ↑", "score ↓"]
+    heads = ["method", "track", "subset", "source", "n", "draws", "W-Error ↓", "floor", "exact weights ↑", "score ↓"]
     heads += ["certified", "wrong certificates", "time/layer"]
     rows = []
     for row in table.to_dict("records"):
@@ -128,11 +128,11 @@ def _board(found: Sequence[View], anchors: Mapping[str, tuple[str, int]]) -> dic
         score = pair(row["score"], row["score_std"])
         certified, wrong = row.get("certified_share", math.nan), row.get("wrong_certificates", math.nan)
         cells = [
+            (row["label"], row["label"]),
             (row["track"], row["track"]),
             (row["subset"], row["subset"]),
             (row["source"], row["source"]),
             (row["n_loras"], str(row["n_loras"])),
-            (row["label"], row["label"]),
             (row["draws"], str(row["draws"]) + (" of " + str(row["known_draws"]) if _fewer(row) else "")),
             (_sort(row["w_error"]), error),
             (_sort(row["floor_w_error"]), number(row["floor_w_error"])),

@@ -326,7 +326,7 @@ def rows_table(view: View) -> pd.DataFrame:
                 entry[f"{column}_draws"] = int(mine[column].notna().sum())
             entry |= certificates(layers)
             reported = {}
-            if paper and view.is_plain(row) and int(n) == paper["n_loras"]:
+            if paper and view.is_papers_setting and view.is_plain(row) and int(n) == paper["n_loras"]:
                 reported = paper["rows"].get(view.method(row), {})
             for column, (mean, deviation) in reported.items():
                 entry |= {f"paper_{column}": mean, f"paper_{column}_std": deviation}
