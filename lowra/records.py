@@ -61,6 +61,7 @@ LAYER_FIELDS: dict[str, str] = {
     "merge_order": "string",
     "knows_rank": "bool",
     "device": "string",
+    "threads": "int64",
     "layer_model": "string",
     "layer_name": "string",
     "layer_type": "string",
