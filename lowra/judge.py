@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowra.bench.foreign import swap
 from lowra.bench.merging import merge, merge_dtype
 from lowra.bench.schema import Layer, LayerTable
 from lowra.code import code_digest, digest, module_of
@@ -51,6 +52,7 @@ class LayerJudge:
     methods: Mapping[str, Method]
     merge_dtype: str
     merge_order: str
+    foreign: int
     device: str
     digests: bool
     keep: KeptWeights | None
@@ -58,13 +60,14 @@ class LayerJudge:
     def judge(self, task: Task) -> list[dict[str, Any]]:
         """One layer of one draw by all the task's variants: the measured part of a record each, in their order."""
         layer = self.table.read(task.index, task.draw.models)
-        observation = self._observe(layer, task)
-        floor = floor_error(observation.merged.cpu(), layer)
+        merged = merge(layer, merge_dtype(self.merge_dtype), self.merge_order)
+        floor = floor_error(merged, layer)
+        observation = self._observe(layer, task, merged)
         measured = []
         for name in task.variants:
             found, candidates = self._recover(self.methods[name], observation, layer)
-            if candidates is None and "WroteIntoStack" in found["status"]:
-                observation = self._observe(layer, task)  # nobody else gets what was written
+            if candidates is None:  # whatever it did to the stack, nobody else gets that
+                observation = self._observe(layer, task)
             if candidates is not None and self.digests:
                 found["weights"] = [self._kept(candidate, found) for candidate in candidates]
             measured.append(found | {"floor_w_error": floor})
@@ -78,10 +81,13 @@ class LayerJudge:
             raise LowraError(f"Method {task.variants[0]!r} {found['status']} in a layer that it recovered before.")
         return [candidate.float() for candidate in candidates]
 
-    def _observe(self, layer: Layer, task: Task) -> Observation:
+    def _observe(self, layer: Layer, task: Task, merged: Tensor | None = None) -> Observation:
+        """What the attacker sees of a layer. merged: its merges where they are made already; they are handed on."""
         dtype = merge_dtype(self.merge_dtype)
-        merged = merge(layer, dtype, self.merge_order).to(self.device)
-        observation = Observation(merged=merged, rank=task.rank, seed=task.seed, storage=dtype)
+        if merged is None:
+            merged = merge(layer, dtype, self.merge_order)
+        merged = swap(layer, merged, dtype, self.merge_order, seed=task.draw_seed, count=self.foreign)
+        observation = Observation(merged=merged.to(self.device), rank=task.rank, seed=task.seed, storage=dtype)
         check_observation(observation)
         return observation
 
@@ -161,14 +167,14 @@ def _failed(error: BaseException, seconds: float) -> dict[str, Any]:
     }
 
 
-def _state(merged: Tensor) -> tuple[int, int]:
-    """What changes when somebody writes into a tensor: torch's own count of writes, and the sum of its bits.
+def _state(merged: Tensor) -> tuple[tuple[int, ...], int, int]:
+    """What changes when somebody writes into a tensor: its shape, torch's own count of writes, the sum of its bits.
 
     Writes through numpy or `.data` are not counted, but change the sum.
     """
     version = 0 if merged.is_inference() else merged._version
     bits = torch.int64 if merged.element_size() * merged.shape[-1] % 8 == 0 else torch.int32  # fewer, wider numbers
-    return version, int(merged.view(bits).sum(dtype=torch.int64))
+    return tuple(merged.shape), version, int(merged.view(bits).sum(dtype=torch.int64))
 
 
 def weight_digest(weight: Tensor) -> str:
@@ -298,7 +304,7 @@ class ModelJudge:
             weight = self.store.weights.get(record["weights"][candidate])
             if weight is None:
                 plan = self.plan
-                task = Task(draw, index, (variant.name,), plan.seed(draw, index), plan.granted(draw, index))
+                task = plan.task(draw, index, (variant.name,))
                 weight = self.layers.weights(task)[candidate]
             weights[info.model, info.name] = weight
         return weights

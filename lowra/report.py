@@ -77,7 +77,7 @@ def main() -> None:
 def work(arguments: argparse.Namespace) -> None:
     """What the command line asks for."""
     if arguments.verify:
-        from lowra.reporting.submission import verify
+        from lowra.submission import verify
 
         print(verify(arguments.verify, arguments.set))
         return

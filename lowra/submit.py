@@ -35,7 +35,7 @@ def work(arguments: argparse.Namespace) -> None:
     """What the command line asks for."""
     quiet_libraries()
     from lowra.errors import unknown
-    from lowra.reporting.submission import submit
+    from lowra.submission import submit
 
     chosen = {}
     for kind, known in (("tracks", TRACKS), ("subsets", SUBSETS)):

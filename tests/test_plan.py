@@ -42,6 +42,8 @@ MISTAKES = [
     ("merge.dtype=int8", "int8"),
     ("merge.dtype=null", "expected|known"),
     ("merge.order=thrice", r"Unknown merge\.order 'thrice'; known: once, twice"),
+    ("merge.foreign=2", r"merge\.foreign is 2, of n_loras=3 models; two at least"),
+    ("merge.foreign=one", r"merge\.foreign is 'one'; expected a number of models"),
     ("merge=null", r"merge is None; expected merge\.dtype=\.\.\."),
     ("metrics=[sbert]", r"Metric sbert runs models, but subset=custom source=published holds weights only"),
     ("source.path=/nowhere", "/nowhere does not exist"),

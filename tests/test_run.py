@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import planted_layers
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from lowra import pipeline, plan
 from lowra.bench.schema import write_dataset
@@ -218,6 +218,21 @@ def test_a_config_of_ones_own_inherits_another(dataset: Path, tmp_path: Path) ->
     assert labels == {"Spectral DeTuning", "Spectral DeTuning (patience=30, steps=20)"}
 
 
+def test_any_name_keeps_its_own_records(custom: Configure) -> None:
+    def named(seed: int) -> DictConfig:
+        cfg = custom(f"seed={seed}", "methods=[mean_lora]")
+        mean = cfg.methods.mean_lora
+        with open_dict(cfg):
+            cfg.methods = {"my.v1": mean, "../../escape": {"like": "spectral_detuning", "steps": 10}}
+        return cfg
+
+    folder = pipeline.run(named(0)).folder
+    first, second = (set(plan.prepare(named(seed)).keys()) for seed in (0, 1))
+    assert not first & second
+    assert set(read([folder]).layers["method"]) == {"my.v1", "../../escape"}
+    assert not list(folder.parents[2].rglob("*escape*"))
+
+
 @pytest.mark.parametrize(
     "change", ["seed=1", "merge.dtype=bfloat16", "knows_rank=false", "+methods.mean_lora.like=mean_lora"]
 )
@@ -268,6 +283,16 @@ def test_coarser_merges_are_labelled(custom: Configure) -> None:
         ("bfloat16", "once"),
         ("bfloat16", "twice"),
     }
+
+
+def test_models_of_another_base_are_a_setting_of_their_own(custom: Configure) -> None:
+    folder = pipeline.run(custom()).folder
+    pipeline.run(custom("merge.foreign=1"))
+    layers = read([folder]).layers.set_index(["merge_order", "trial", "layer_name"])["w_error"]
+    plain, foreign = layers["once"], layers["once, 1 foreign"]
+    # One of three is of a base as far away as W is large: (0.05^2 * 2) / 9 in the mean square.
+    assert (foreign > plain + 1).all()
+    assert foreign.mean() == pytest.approx(math.log10(0.05**2 * 2 / 9), abs=0.1)
 
 
 def test_ranks_may_differ_between_loras(tmp_path: Path, custom: Configure) -> None:

@@ -44,20 +44,20 @@ class Data:
 class Subset:
     """A model family and its LoRAs: a file of conf/subset.
 
-    name: of the file, the folders and the draws. title: for captions. kind: of model, one of `KINDS`; None where there
-    is no model, only weights. n_loras: how many models the paper attacks at once. steps: Spectral DeTuning's.
+    name: of the file, the folders and the draws. title: for captions. n_loras: how many models the paper attacks at
+    once. steps: Spectral DeTuning's. kind: of model, one of `KINDS`; None where there is no model, only weights.
     hub_config: the subset's name in the published data set, None where it is not in there. base: the base model's Hub
     id or folder. synthetic: layer shapes and statistics (`lowra.bench.synthetic.Family`), None where nobody wrote them.
     """
 
     name: Name
     title: Name
-    kind: Annotated[str, OneOf(KINDS)] | None
     n_loras: Any  # checked where the run's own n_loras is, which it is the default of
     steps: Count
-    hub_config: str | None
-    base: str | None
-    synthetic: Mapping[str, Any] | None
+    kind: Annotated[str, OneOf(KINDS)] | None = None
+    hub_config: str | None = None
+    base: str | None = None
+    synthetic: Mapping[str, Any] | None = None
 
 
 class Source(Protocol):
@@ -154,8 +154,9 @@ class Recipe:
             folder.mkdir(parents=True, exist_ok=True)
             return builder.build(folder)
         except OSError as error:
-            if error.filename is None or not str(error.filename).startswith(str(folder.parent)):
-                raise
+            where = str(error.filename)
+            if folder.is_dir() and not where.startswith(str(folder.parent)):
+                raise  # a file of somewhere else
             raise LowraError(
                 f"The cache folder {str(folder.parent)[:80]!r} cannot be used ({error.strerror}); "
                 "give cache_dir=FOLDER, one that can be written."

@@ -35,7 +35,7 @@ from lowra.builders.base import Built, recipe_key
 from lowra.builders.causal_lm_mini import DocumentationPreferences, Miniature
 from lowra.builders.peft_adapters import lora_layers
 from lowra.builders.stages import finished, stage
-from lowra.checkpoints.stored import component_folder
+from lowra.checkpoints.reading import component_folder
 from lowra.checks import (
     Count,
     Filled,
@@ -231,7 +231,7 @@ class _Stage:
 
         return LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type] # PEFT says int and takes any number
             lora_dropout=self.dropout,
             bias="none",
             task_type="CAUSAL_LM",

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowra.bench.updates import Update, check_alpha, check_rank
-from lowra.checkpoints.stored import component_folder
+from lowra.checkpoints.reading import component_folder
 from lowra.errors import LowraError
 
 
@@ -93,7 +93,10 @@ def expected_modules(base: str | Path) -> list[Module]:
         path = component_folder(base, component) / "config.json"
         if not path.exists():
             raise LowraError(f"{path} is missing; expected {str(base)!r} to be a diffusers folder of a {kind}.")
-        configs.append(json.loads(path.read_text()))
+        try:
+            configs.append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise LowraError(f"{path} is no JSON ({error}); fetch it again.") from None
     return modules_of(configs[0], configs[1])
 
 

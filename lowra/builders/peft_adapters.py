@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowra.bench.schema import Layer
 from lowra.bench.updates import Update, check_alpha, check_rank
-from lowra.checkpoints.stored import StoredState
+from lowra.checkpoints.reading import StoredState
 from lowra.errors import LowraError
 
 _FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
@@ -123,7 +123,11 @@ def skeleton(base: Path) -> Any:
 
     if not (base / "config.json").exists():
         raise LowraError(f"{base} has no config.json; expected a model saved by transformers.")
-    config = transformers.AutoConfig.from_pretrained(base)
+    try:
+        config = transformers.AutoConfig.from_pretrained(base)
+    except Exception as error:  # transformers raises several kinds for a damaged file
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LowraError(f"{base / 'config.json'} cannot be read ({first}); fetch it again.") from None
     name = (config.architectures or ["none"])[0]
     if not hasattr(transformers, name):
         raise LowraError(f"{base}/config.json names architecture {name!r}, which transformers does not have.")

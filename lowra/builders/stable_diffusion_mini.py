@@ -271,7 +271,8 @@ class Miniature:
         # By PEFT's own function: the models' `add_adapter` are wrappers of it that accept some versions of PEFT only.
         # It freezes everything but the factors.
         for model, targets in ((unet, UNET_TARGETS), (text_encoder, TEXT_TARGETS)):
-            inject_adapter_in_model(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets), model)
+            config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)  # type: ignore[arg-type]
+            inject_adapter_in_model(config, model)
         losses = train_diffusion(
             unet,
             text_encoder,

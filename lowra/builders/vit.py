@@ -38,7 +38,7 @@ from lowra.builders.stages import stage
 from lowra.builders.vit_mini import Miniature
 from lowra.builders.vit_pictures import TASKS
 from lowra.checkpoints.detect import changed_weights
-from lowra.checkpoints.stored import StoredState, component_folder
+from lowra.checkpoints.reading import StoredState, component_folder
 from lowra.checks import (
     Count,
     Filled,
@@ -367,7 +367,7 @@ def freeze_shared_a(model: torch.nn.Module, seed: int) -> None:
             parameter.requires_grad_(False)
 
 
-def check_tasks(data: Path, tasks: list[str]) -> None:
+def check_tasks(data: Path, tasks: Sequence[str]) -> None:
     """Raise LowraError unless every task's folder is there with both lists and their images."""
     for task in tasks:
         if not (data / task).is_dir():
@@ -386,11 +386,18 @@ def check_base(base: Path) -> int:
     StoredState(base)
     if not (base / "config.json").exists():
         raise LowraError(f"{base} has no config.json; expected a model saved by transformers.")
-    config = AutoConfig.from_pretrained(base)
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except Exception as error:  # transformers raises several kinds for a damaged file
+        raise LowraError(f"{base / 'config.json'} cannot be read ({_first_line(error)}); fetch it again.") from None
     if config.model_type != "vit":
         raise LowraError(f"{base} holds a model of type {config.model_type!r}; the ViT builder needs 'vit'.")
     image_processor(base)
     return int(config.hidden_size)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # ---- Training ---------------------------------------------------------------------------------------------------
@@ -413,7 +420,7 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(states, key=lambda path: int(path.parent.name.split("-")[1])).parent) if states else None
 
 
-def check_changed(base: Path, adapter: Path, merged: Any, heads: list[str]) -> None:
+def check_changed(base: Path, adapter: Path, merged: Any, heads: Sequence[str]) -> None:
     """Raise LowraError unless fine-tuning changed the targeted weights and no others (App. G)."""
     stored = StoredState(base)
     expected = tuple(sorted(layer_names(base, Adapter(adapter).modules).values()))

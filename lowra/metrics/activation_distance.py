@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowra.bench.images import SUFFIXES, image_processor, open_image, pixel_values
-from lowra.checkpoints.stored import StoredState, component_folder, with_weights
+from lowra.checkpoints.reading import StoredState, component_folder, with_weights
 from lowra.checks import Count, Name, OneOf, check_fields
 from lowra.digests import file_digest
 from lowra.errors import LowraError

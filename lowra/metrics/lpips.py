@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lowra.checkpoints.stored import component_folder, load_state_dict, with_weights
+from lowra.checkpoints.reading import component_folder, load_state_dict, with_weights
 from lowra.checks import Count, Name, OneOf, Range, Seed, Weight, check_fields
 from lowra.digests import file_digest
 from lowra.errors import LowraError

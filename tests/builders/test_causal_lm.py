@@ -106,7 +106,7 @@ def tokenizer_of(base, builder):
 
 
 def adapters_of(built):
-    return sorted(path for path in (built.dataset.parent / "adapters").iterdir() if path.is_dir())
+    return sorted(path for path in (built.dataset.parents[1] / "adapters").iterdir() if path.is_dir())
 
 
 def weights_of(model):
@@ -193,7 +193,7 @@ def test_rows_of_the_data_set_merge_as_peft_merges(built):
 
 def test_a_finished_subset_is_not_built_again(built, monkeypatch):
     monkeypatch.setattr("trl.SFTTrainer.__init__", None)
-    again = sft().build(built.dataset.parent)
+    again = sft().build(built.dataset.parents[1])
     assert again == built
 
 

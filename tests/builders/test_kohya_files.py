@@ -295,3 +295,34 @@ def test_unreadable_files_are_refused(modules, tmp_path):
         LoraFile(tmp_path / "lora.pt", modules)
     with pytest.raises(LowraError, match="does not exist"):
         LoraFile(tmp_path / "none.safetensors", modules)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        (torch.tensor(float("nan")), "is nan; expected a finite number"),
+        (torch.tensor(float("inf")), "is inf; expected a finite number"),
+        (torch.tensor(1e300, dtype=torch.float64), r"is 1e\+300; expected a finite number"),
+        (torch.tensor([1.0, 2.0]), r"is \[1.0, 2.0\]; expected a finite number"),
+        (torch.tensor(True), "is True; expected a finite number"),
+    ],
+)
+def test_alphas_that_are_none_are_refused_on_opening(modules, tmp_path, alpha, message):
+    write_kohya(tmp_path / "good.safetensors", make_factors(modules))
+    stored = load_file(tmp_path / "good.safetensors")
+    stored[f"{modules[2].kohya_name}.alpha"] = alpha
+    save_file(stored, tmp_path / "bad.safetensors")
+    with pytest.raises(
+        LowraError, match=rf"The alpha of module '{modules[2].kohya_name}' in bad.safetensors {message}"
+    ):
+        LoraFile(tmp_path / "bad.safetensors", modules)
+
+
+def test_rank_zero_is_refused_on_opening(modules, tmp_path):
+    write_kohya(tmp_path / "good.safetensors", make_factors(modules))
+    stored = load_file(tmp_path / "good.safetensors")
+    for key in [key for key in stored if key.startswith(f"{modules[2].kohya_name}.lora")]:
+        stored[key] = stored[key][:0] if "lora_down" in key else stored[key][:, :0].contiguous()
+    save_file(stored, tmp_path / "bad.safetensors")
+    with pytest.raises(LowraError, match=rf"The rank of module '{modules[2].kohya_name}' in bad.safetensors is 0"):
+        LoraFile(tmp_path / "bad.safetensors", modules)

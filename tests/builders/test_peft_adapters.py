@@ -174,3 +174,41 @@ def test_folders_that_are_no_adapter(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(LowraError, match="cannot be read"):
         Adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 0}, r"The rank of module .* is 0; expected a whole number, 1 or more"),
+        ({"r": "4"}, r"The rank of module .* is '4'"),
+        ({"r": None}, r"The rank of module .* is missing"),
+        ({"lora_alpha": "6"}, r"The alpha of module .* is '6'; expected a finite number"),
+        ({"lora_alpha": None}, r"The alpha of module .* is missing"),
+        ({"lora_alpha": [6]}, r"The alpha of module .* is \[6\]"),
+        ({"lora_alpha": 1e300}, r"The alpha of module .* is 1e\+300"),
+        ({"lora_alpha": float("nan")}, r"The alpha of module .* is nan"),
+        ({"alpha_pattern": {"q_proj": "x"}}, r"The alpha of module .*q_proj.* is 'x'"),
+        ({"rank_pattern": 3}, r"rank_pattern of the adapter .* is 3; expected modules and numbers"),
+    ],
+)
+def test_ranks_and_alphas_that_are_none_are_refused_on_opening(tmp_path, changes, message):
+    torch.manual_seed(1)
+    tiny_mistral().save_pretrained(tmp_path / "base")
+    folder = save_adapter(tmp_path / "base", tmp_path / "l0", ["q_proj", "v_proj"])
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(LowraError, match=message):
+        Adapter(folder)
+
+
+def test_rank_stabilised_updates_keep_their_kind_until_they_are_stored(tmp_path):
+    torch.manual_seed(1)
+    tiny_mistral().save_pretrained(tmp_path / "base")
+    folders = {
+        f"l{i}": save_adapter(tmp_path / "base", tmp_path / f"l{i}", ["q_proj"], use_rslora=True) for i in (0, 1)
+    }
+    layers = list(lora_layers(tmp_path / "base", folders, pre_ft_name="tiny"))
+    update = layers[0].loras[0]
+    assert (update.kind, update.rank, update.alpha, update.scale) == ("rslora", 4, 6, 3.0)
+    stored = open_dataset(write_dataset(iter(layers), tmp_path / "dataset")).read(0).loras[0]
+    assert (stored.kind, stored.alpha, stored.scale) == ("lora", 12.0, 3.0)

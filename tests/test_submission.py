@@ -13,7 +13,7 @@ from lowra.bench.schema import write_dataset
 from lowra.code import code_digest
 from lowra.errors import LowraError
 from lowra.records import Store, read, write_records
-from lowra.reporting.submission import submit, verify
+from lowra.submission import submit, verify
 from tests.conftest import planted_layers
 
 METHOD = '''

@@ -27,7 +27,7 @@ from lowra.code import closure, code_digest, module_of
 from lowra.errors import LowraError
 from lowra.paths import conf_dir, register_resolvers
 from lowra.pipeline import layer_judge, run
-from lowra.plan import Plan, Task, make_variants, prepare
+from lowra.plan import Plan, make_variants, prepare
 from lowra.records import LAYER, Store, read
 from lowra.reporting.escape import slug
 from lowra.reporting.export import export
@@ -246,7 +246,7 @@ def _again(
 ) -> str:
     variant = plan.variants[entry["name"]]
     draw, index = choice.choice(plan.draws), choice.choice(plan.layers)
-    task = Task(draw, index, (variant.name,), plan.seed(draw, index), plan.granted(draw, index))
+    task = plan.task(draw, index, (variant.name,))
     (found,) = layer_judge(plan).judge(task)
     record = by_key[plan.key(draw, index, variant)]
     what = f"draw {draw}, layer {plan.info(index).label} of track {each['track']}"
