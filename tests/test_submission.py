@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lowra.bench.schema import write_dataset
+from lowra.code import code_digest
 from lowra.errors import LowraError
 from lowra.records import Store, read, write_records
 from lowra.submission import submit, verify
@@ -61,6 +63,9 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     config = "# @package methods.rpca\n_target_: my_rpca.AlternatingProjections\nsteps: 15\n"
     (mine / "conf" / "methods" / "rpca.yaml").write_text(config)
     monkeypatch.syspath_prepend(str(mine))
+    for name in ("my_rpca", "my_projection"):  # of another test's folder
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    code_digest.cache_clear()
     data = write_dataset(planted_layers(layers=2, models=15), tmp_path / "data")
     where = [f"cache_dir={tmp_path / 'cache'}", "source=published", f"source.path={data}", "jobs=1"]
     return ["methods=rpca", f"hydra.searchpath=[file://{mine / 'conf'}]", *where]
