@@ -25,13 +25,13 @@ from omegaconf import DictConfig, OmegaConf
 from lowra import reporting
 from lowra.code import closure, code_digest, module_of
 from lowra.errors import LowraError
+from lowra.files import write_text
 from lowra.paths import conf_dir, register_resolvers
 from lowra.pipeline import layer_judge, run
 from lowra.plan import Plan, cores, make_variants, prepare
 from lowra.records import LAYER, Store, read
 from lowra.reporting.escape import slug
 from lowra.reporting.export import export
-from lowra.reporting.files import write_text
 from lowra.testing import check_method
 
 CLOSE = 0.1
