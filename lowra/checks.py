@@ -45,6 +45,20 @@ class Range:
 
 
 @dataclass(frozen=True)
+class MultipleOf:
+    """Whole multiples of a number, from the number itself."""
+
+    unit: int
+
+    def holds(self, value: int) -> bool:
+        """Whether it is one."""
+        return value >= self.unit and value % self.unit == 0
+
+    def __str__(self) -> str:
+        return f"a multiple of {self.unit}"
+
+
+@dataclass(frozen=True)
 class OneOf:
     """Some known names."""
 
@@ -85,7 +99,7 @@ Names = Annotated[Sequence[str], Filled()]
 
 
 def make(config: Any, where: str) -> Any:
-    """The dataclass that a config's `_target_` names, made from its other entries; nested ones likewise.
+    """The dataclass that a config's `_target_` names, made from its other entries.
 
     where: the config's place ("builder"), for messages. Only dataclasses are made: a config cannot call functions.
     Raises LowraError, in one sentence, for a target that is none, settings it does not have, missing ones and values
@@ -105,7 +119,10 @@ def make(config: Any, where: str) -> Any:
 
 
 def make_as(kind: type[T], config: Any, where: str) -> T:
-    """A dataclass of a known kind from a config without `_target_`; see `make`."""
+    """A dataclass of a known kind from a config without `_target_`; see `make`.
+
+    Entries whose annotation is a dataclass are made likewise, of the kind their own `_target_` names if they have one.
+    """
     values = plain(config)
     if not isinstance(values, dict):
         raise LowraError(f"{where} is {_shown(values)}; expected settings, KEY: VALUE.")
@@ -117,8 +134,12 @@ def make_as(kind: type[T], config: Any, where: str) -> T:
             raise unknown("setting", f"{where}.{key}", [f"{where}.{name}" for name in specs])
         if value == "???":
             raise LowraError(f"{where}.{key} has no value; give {where}.{key}=...")
-        if isinstance(value, dict) and "_target_" in value and not _fits(value, hints[key]):
-            values[key] = make(value, f"{where}.{key}")
+        if isinstance(value, dict) and not _fits(value, hints[key]):
+            inner = _dataclass_in(hints[key])
+            if "_target_" in value:
+                values[key] = make(value, f"{where}.{key}")
+            elif inner is not None:
+                values[key] = make_as(inner, value, f"{where}.{key}")
     for name, spec in specs.items():
         needed = spec.default is spec.default_factory is dataclasses.MISSING
         if needed and name not in values:
@@ -129,11 +150,20 @@ def make_as(kind: type[T], config: Any, where: str) -> T:
 
 
 def check_fields(made: Any, where: str) -> None:
-    """Check the fields of a dataclass that was made by hand; see `make`."""
+    """Check the fields of a dataclass that was made by hand, and those of the dataclasses in them; see `make`."""
     hints = typing.get_type_hints(type(made), include_extras=True)
     for spec in dataclasses.fields(made):
         if spec.init:
-            _check(getattr(made, spec.name), hints[spec.name], f"{where}.{spec.name}")
+            value = getattr(made, spec.name)
+            _check(value, hints[spec.name], f"{where}.{spec.name}")
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                check_fields(value, f"{where}.{spec.name}")
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass that an annotation asks for, alone or in a union: settings without `_target_` are its."""
+    kinds = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 
 
 def plain(config: Any) -> Any:
@@ -159,8 +189,10 @@ def _check(value: Any, hint: Any, where: str) -> None:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is what an annotation asks for."""
-    if hint is Any or getattr(hint, "_is_protocol", False):
+    if hint is Any:
         return True
+    if getattr(hint, "_is_protocol", False):
+        return all(hasattr(value, name) for name in vars(hint) if not name.startswith("_"))
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _fits(value, arguments[0]) and all(limit.holds(value) for limit in arguments[1:])

@@ -125,6 +125,8 @@ def check_choices(arguments: Sequence[str], config: str = "config") -> None:
         raise _misspelt(error, config) from None
     except HydraException:
         return  # Hydra reports it, with the place
+    except ValueError as error:  # what Hydra does not expect of a group, such as methods=null
+        raise LowraError(f"{error}. Expected names of config files, such as methods=[mean_lora].") from None
     for argument in arguments:  # the builder's group is optional, so that a wrong name would pass without a word
         group, equals, name = argument.partition("=")
         if group == "builder" and equals and name not in ("", "null") and cfg.get("builder") is None:

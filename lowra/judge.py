@@ -12,7 +12,8 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowra.bench.foreign import swap
 from lowra.bench.merging import merge, merge_dtype
 from lowra.bench.schema import Layer, LayerTable
 from lowra.code import code_digest, digest, module_of
@@ -33,6 +35,9 @@ from lowra.records import COORDINATES, LAYER_FIELDS, SCORE, KeptWeights, Store, 
 # A recovered weight that waits for a metric is kept on disk where recovering it again takes longer than writing it,
 # at this many bytes a second. (One candidate of LoRA FT is one of the merges: nothing is gained by keeping that.)
 DISK_BYTES_PER_SECOND = 2e8
+
+# Layers of up to so many weights (1024 x 1024) are recovered on one thread.
+ONE_THREAD = 2**20
 
 
 class WroteIntoStack(Exception):
@@ -51,20 +56,42 @@ class LayerJudge:
     methods: Mapping[str, Method]
     merge_dtype: str
     merge_order: str
+    foreign: int
+    threads: int
     device: str
     digests: bool
     keep: KeptWeights | None
 
     def judge(self, task: Task) -> list[dict[str, Any]]:
         """One layer of one draw by all the task's variants: the measured part of a record each, in their order."""
+        with self._threads(task) as threads:
+            return [found | {"threads": threads} for found in self._judged(task)]
+
+    @contextmanager
+    def _threads(self, task: Task) -> Iterator[int]:
+        """The threads a layer is recovered with, however many there are: one where it is small.
+
+        Sums divide among threads in other places, which moves last bits, and with them the path of methods that decide
+        by them. Small layers are no faster with more.
+        """
+        info = self.table.infos[task.index]
+        threads = self.threads if info.d * info.k > ONE_THREAD else 1
+        torch.set_num_threads(threads)
+        try:
+            yield threads
+        finally:
+            torch.set_num_threads(self.threads)
+
+    def _judged(self, task: Task) -> list[dict[str, Any]]:
         layer = self.table.read(task.index, task.draw.models)
-        observation = self._observe(layer, task)
-        floor = floor_error(observation.merged.cpu(), layer)
+        merged = merge(layer, merge_dtype(self.merge_dtype), self.merge_order)
+        floor = floor_error(merged, layer)
+        observation = self._observe(layer, task, merged)
         measured = []
         for name in task.variants:
             found, candidates = self._recover(self.methods[name], observation, layer)
-            if candidates is None and "WroteIntoStack" in found["status"]:
-                observation = self._observe(layer, task)  # nobody else gets what was written
+            if candidates is None:  # whatever it did to the stack, nobody else gets that
+                observation = self._observe(layer, task)
             if candidates is not None and self.digests:
                 found["weights"] = [self._kept(candidate, found) for candidate in candidates]
             measured.append(found | {"floor_w_error": floor})
@@ -72,16 +99,20 @@ class LayerJudge:
 
     def weights(self, task: Task) -> list[Tensor]:
         """The candidates (d, k) of the task's first variant, recovered again. Raises LowraError where it fails."""
-        layer = self.table.read(task.index, task.draw.models)
-        found, candidates = self._recover(self.methods[task.variants[0]], self._observe(layer, task), layer)
+        with self._threads(task):
+            layer = self.table.read(task.index, task.draw.models)
+            found, candidates = self._recover(self.methods[task.variants[0]], self._observe(layer, task), layer)
         if candidates is None:
             raise LowraError(f"Method {task.variants[0]!r} {found['status']} in a layer that it recovered before.")
         return [candidate.float() for candidate in candidates]
 
-    def _observe(self, layer: Layer, task: Task) -> Observation:
+    def _observe(self, layer: Layer, task: Task, merged: Tensor | None = None) -> Observation:
+        """What the attacker sees of a layer. merged: its merges where they are made already; they are handed on."""
         dtype = merge_dtype(self.merge_dtype)
-        merged = merge(layer, dtype, self.merge_order).to(self.device)
-        observation = Observation(merged=merged, rank=task.rank, seed=task.seed, storage=dtype)
+        if merged is None:
+            merged = merge(layer, dtype, self.merge_order)
+        merged = swap(layer, merged, dtype, self.merge_order, seed=task.draw_seed, count=self.foreign)
+        observation = Observation(merged=merged.to(self.device), rank=task.rank, seed=task.seed, storage=dtype)
         check_observation(observation)
         return observation
 
@@ -161,13 +192,14 @@ def _failed(error: BaseException, seconds: float) -> dict[str, Any]:
     }
 
 
-def _state(merged: Tensor) -> tuple[int, int]:
-    """What changes when somebody writes into a tensor: torch's own count of writes, and the sum of its bits.
+def _state(merged: Tensor) -> tuple[tuple[int, ...], int, int]:
+    """What changes when somebody writes into a tensor: its shape, torch's own count of writes, the sum of its bits.
 
     Writes through numpy or `.data` are not counted, but change the sum.
     """
     version = 0 if merged.is_inference() else merged._version
-    return version, int(merged.view(torch.int32).sum(dtype=torch.int64))
+    bits = torch.int64 if merged.element_size() * merged.shape[-1] % 8 == 0 else torch.int32  # fewer, wider numbers
+    return tuple(merged.shape), version, int(merged.view(bits).sum(dtype=torch.int64))
 
 
 def weight_digest(weight: Tensor) -> str:
@@ -218,22 +250,26 @@ class ModelJudge:
         if not self.plan.cfg.keep_outputs:
             return []
         draw = max(self.plan.draws, key=lambda d: (d.n_loras, -d.trial))
-        headings: dict[str, str] = {"reference": "Pre-FT (truth)"}
-        for variant in reversed(self.plan.variants.values()):
-            records = self._records(draw, variant)
-            name = model_digest(records, 0) if records else None
-            if name is not None:  # equal models are one column
-                headings[name] = f"{headings[name]}, {variant.label}" if name in headings else variant.label
         title = f"{self.plan.cfg.subset.title}, source={self.plan.source.name}, {draw}"
         if self.plan.cfg.merge.dtype != "float32":
             title += f", merges in {self.plan.cfg.merge.dtype}"
         made = []
         for name, metric in self.plan.metrics.items():
             try:
-                made += metric.gallery(self._artifacts(name), headings, self.plan.folder, title)
+                made += metric.gallery(self._artifacts(name), self._headings(draw, name), self.plan.folder, title)
             except LowraError as error:  # records of an earlier run may have kept no outputs; the tables are there
                 self.problems.append(f"No outputs side by side: {error}")
         return made
+
+    def _headings(self, draw: Any, metric: str) -> dict[str, str]:
+        """Of the base and of each model that was scored: the label of its outputs to its heading, in order."""
+        headings = {"reference": "Pre-FT (truth)"}
+        for variant in reversed(self.plan.variants.values()):
+            records = self._records(draw, variant)
+            name = model_digest(records, 0) if records else None
+            if name is not None and self.store.done(SCORE, self._key(metric, name)):  # equal models are one column
+                headings[name] = f"{headings[name]}, {variant.label}" if name in headings else variant.label
+        return headings
 
     def close(self) -> None:
         """Delete outputs of models that are not shown."""
@@ -293,7 +329,7 @@ class ModelJudge:
             weight = self.store.weights.get(record["weights"][candidate])
             if weight is None:
                 plan = self.plan
-                task = Task(draw, index, (variant.name,), plan.seed(draw, index), plan.granted(draw, index))
+                task = plan.task(draw, index, (variant.name,))
                 weight = self.layers.weights(task)[candidate]
             weights[info.model, info.name] = weight
         return weights

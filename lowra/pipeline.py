@@ -5,23 +5,24 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from lowra import plan as planning
 from lowra import pool, reporting
 from lowra.bench.draws import Draw
-from lowra.errors import LowraError
 from lowra.judge import LayerJudge, ModelJudge
 from lowra.plan import Plan, Task, in_shard, shard_of
-from lowra.records import LAYER, Store, read
+from lowra.records import LAYER, SCORE, KeptWeights, Store, tables
 
 REFRESH_SECONDS = 2.0  # between looks at what other processes have finished
-TABLES_SECONDS = 2.0  # at least so long between two writings of the tables while a run is under way
+TABLES_SECONDS = 2.0  # at least so long between two writings of the tables while a run is under way, ...
+TABLES_SHARE = 20  # ... and so many times as long as writing them takes
 
 
 @dataclass
@@ -43,16 +44,7 @@ def run(cfg: DictConfig) -> Outcome:
         print(f"{done} of {len(keys)} recovered layers are there from an earlier run.", file=sys.stderr)
     jobs, threads = workers(plan, len(keys) - done)
     store.open(plan.context(jobs, threads))
-    weights = store.weights if plan.metrics else None
-    judge = LayerJudge(
-        table=plan.data.table,
-        methods={name: variant.method for name, variant in plan.variants.items()},
-        merge_dtype=cfg.merge.dtype,
-        merge_order=cfg.merge.order,
-        device=str(plan.device),
-        digests=plan.data.base is not None,
-        keep=weights,
-    )
+    judge = layer_judge(plan, threads, store.weights if plan.metrics else None)
     outcome = Outcome(plan.folder)
     models = ModelJudge(plan, store, judge)
     shard = shard_of(cfg.shard)
@@ -73,6 +65,21 @@ def run(cfg: DictConfig) -> Outcome:
     return outcome
 
 
+def layer_judge(plan: Plan, threads: int, keep: KeptWeights | None = None) -> LayerJudge:
+    """The judge of a plan's layers. keep: where recovered weights wait for metrics, None keeps none."""
+    return LayerJudge(
+        table=plan.data.table,
+        methods={name: variant.method for name, variant in plan.variants.items()},
+        merge_dtype=plan.cfg.merge.dtype,
+        merge_order=plan.cfg.merge.order,
+        foreign=plan.cfg.merge.foreign,
+        threads=threads,
+        device=str(plan.device),
+        digests=plan.data.base is not None,
+        keep=keep,
+    )
+
+
 def workers(plan: Plan, records: int) -> tuple[int, int]:
     """Processes, and threads of each."""
     cores = planning.cores()
@@ -84,7 +91,7 @@ def workers(plan: Plan, records: int) -> tuple[int, int]:
         tasks = records // len(plan.variants)
         # The stack, float64 copies of a layer in the judge, and the workspaces of a method: measured at 8 layers.
         jobs = pool.choose_jobs(tasks, cores, 4 * largest * (2 * models + 8), plan.device.type)
-    return jobs, max(1, cores // jobs)
+    return jobs, max(1, min(torch.get_num_threads(), cores // jobs))  # OMP_NUM_THREADS is heeded
 
 
 def recover(
@@ -99,7 +106,7 @@ def recover(
         tasks = [task for task in plan.tasks(store, draw, active) if mine is None or (draw, task.index) in mine]
         remaining[draw] = len(tasks)
         todo += tasks
-    written = time.monotonic() - TABLES_SECONDS + 0.5
+    due = time.monotonic()
     interval = 0.1 if sys.stderr.isatty() else 30  # a log file wants a line now and then, not ten a second
     total = sum(len(task.variants) for task in todo)
     finished = [draw for draw in plan.draws if not remaining[draw]]
@@ -117,9 +124,10 @@ def recover(
             if not remaining[task.draw]:
                 drop_hopeless(plan, store, task.draw, active)
                 score(plan, models, task.draw, mine is not None)
-                if mine is None and time.monotonic() - written > TABLES_SECONDS:
+                if mine is None and time.monotonic() > due:
+                    started = time.monotonic()
                     report(plan, store, figures=False)
-                    written = time.monotonic()
+                    due = time.monotonic() + max(TABLES_SECONDS, TABLES_SHARE * (time.monotonic() - started))
     store.refresh()
     for draw in plan.draws:  # what other processes finished of draws that were not ours to score
         if mine is None:
@@ -149,7 +157,7 @@ def still_open(plan: Plan, store: Store, todo: Sequence[Task], active: Sequence[
             for name in task.variants
             if name in active and not store.done(LAYER, plan.key(task.draw, task.index, plan.variants[name]))
         )
-        yield Task(task.draw, task.index, names, task.seed, task.rank)
+        yield replace(task, variants=names)
 
 
 def score(plan: Plan, models: ModelJudge, draw: Draw, sharded: bool) -> None:
@@ -176,8 +184,10 @@ def drop_hopeless(plan: Plan, store: Store, draw: Draw, active: list[str]) -> No
 
 def report(plan: Plan, store: Store, *, figures: bool) -> str:
     """Write the tables (and figures) of the run's folder; returns the text for the terminal."""
-    try:
-        records = read([plan.folder], set(plan.keys()))
-    except LowraError:
+    wanted = set(plan.keys())
+    rows = [record | {"folder": str(plan.folder)} for record in store.all(LAYER) if record["key"] in wanted]
+    if not rows:
         return ""
+    notes = [f"{len(store.damaged)} damaged records or files were left out."] if store.damaged else []
+    records = tables(rows, store.all(SCORE), store.contexts, wanted, notes)
     return reporting.write(records, plan.folder, methods_order=list(plan.variants), figures=figures)

@@ -55,13 +55,15 @@ class Variant:
 class Task:
     """One layer of one draw, and the variants that have still to recover it: what a process works on at a time.
 
-    seed: of the observation. rank: the granted rank, None where the setting withholds it.
+    seed: of the observation. draw_seed: what is drawn once for all layers of a draw. rank: the granted rank, None where
+    the setting withholds it.
     """
 
     draw: drawing.Draw
     index: int
     variants: tuple[str, ...]
     seed: int
+    draw_seed: int
     rank: int | None
 
 
@@ -95,6 +97,16 @@ class Plan:
         """The seed of a layer's observation: the same for every method."""
         return ((self.cfg.seed * 1_000_003 + draw.trial) * 1_000_003 + index) % 2**63
 
+    def draw_seed(self, draw: drawing.Draw) -> int:
+        """The seed of what is drawn once for all layers of a draw."""
+        return (self.cfg.seed * 1_000_003 + draw.trial) % 2**63
+
+    @property
+    def merge_order(self) -> str:
+        """How the merges were made, in words: a setting that tables never mix."""
+        foreign = self.cfg.merge.foreign
+        return f"{self.cfg.merge.order}, {foreign} foreign" if foreign else str(self.cfg.merge.order)
+
     def rank(self, draw: drawing.Draw, index: int) -> int:
         """The largest rank among a draw's updates of a layer: what the paper's attacker is told."""
         ranks = self.info(index).ranks
@@ -106,13 +118,14 @@ class Plan:
 
     def key(self, draw: drawing.Draw, index: int, variant: Variant) -> str:
         """The key of a record: all that decides its numbers and nothing else."""
+        strangers = self.draw_seed(draw) if self.cfg.merge.foreign else 0
         return key_of(
             {
                 "data": self.fingerprint,
                 "layer": self.info(index).label,
                 "models": draw.models,
                 "seed": self.seed(draw, index),
-                "merge": [self.cfg.merge.dtype, self.cfg.merge.order],
+                "merge": [self.cfg.merge.dtype, self.merge_order, strangers],
                 "rank": self.granted(draw, index),
                 "variant": variant.key,
                 "judge": self.judge_code,
@@ -132,7 +145,11 @@ class Plan:
         for index in self.layers:
             lacking = tuple(n for n in names if not store.done("layer", self.key(draw, index, self.variants[n])))
             if lacking:
-                yield Task(draw, index, lacking, self.seed(draw, index), self.granted(draw, index))
+                yield self.task(draw, index, lacking)
+
+    def task(self, draw: drawing.Draw, index: int, variants: tuple[str, ...]) -> Task:
+        """One layer of a draw, to be recovered by the named variants."""
+        return Task(draw, index, variants, self.seed(draw, index), self.draw_seed(draw), self.granted(draw, index))
 
     def coordinates(self, draw: drawing.Draw, index: int, variant: Variant) -> dict[str, Any]:
         """What a record says besides what was measured: where it belongs."""
@@ -154,7 +171,7 @@ class Plan:
             "reference": variant.method.reference,
             "options": json.dumps(variant.options, sort_keys=True, default=str),
             "merge_dtype": cfg.merge.dtype,
-            "merge_order": cfg.merge.order,
+            "merge_order": self.merge_order,
             "knows_rank": cfg.knows_rank,
             "device": self.device.type,
             "layer_model": info.model,
@@ -257,6 +274,9 @@ def check_settings(cfg: DictConfig) -> None:
     merge_dtype(cfg.merge.dtype)
     if cfg.merge.order not in ORDERS:
         raise unknown("merge.order", cfg.merge.order, ORDERS)
+    foreign = cfg.merge.foreign
+    if type(foreign) is not int or not foreign >= 0:
+        raise LowraError(f"merge.foreign is {foreign!r}; expected a number of models of another base, 0 for none.")
     for group in ("methods", "metrics"):
         if cfg.get(group) is not None and not isinstance(cfg[group], DictConfig):
             raise LowraError(f"{group} is {cfg[group]!r}; expected names of files in conf/{group}, such as {group}=[].")
@@ -272,6 +292,10 @@ def check_settings(cfg: DictConfig) -> None:
             raise LowraError(f"n_loras is {cfg.n_loras!r}; expected a whole number, or a list such as [2,3,5].")
         if n < 2:
             raise LowraError(f"n_loras is {n}; recovery compares models and needs at least 2.")
+        if foreign and foreign > n - 2:
+            raise LowraError(
+                f"merge.foreign is {foreign}, of n_loras={n} models; two at least must share the true base."
+            )
     check_device(cfg.device)
     shard_of(cfg.shard)
     if cfg.layers is not None:
@@ -368,8 +392,9 @@ def _like(cfg: DictConfig, name: str, node: DictConfig) -> DictConfig:
     """A method's config, what it inherits from the one it is `like` filled in."""
     if "like" not in node:
         return node
-    base = cfg.methods.get(node.like) or _shipped_node(cfg, str(node.like))
-    if base is None or node.like == name:
+    base = None if node.like == name else cfg.methods.get(node.like)
+    base = base or _shipped_node(cfg, str(node.like))
+    if base is None:
         raise unknown("method", node.like, [p.stem for p in (conf_dir() / "methods").glob("*.yaml")])
     base = _like(cfg, str(node.like), base)
     own, inherited = _plain(node), _plain(base)
@@ -410,7 +435,7 @@ def _shipped(cfg: DictConfig, target: str) -> dict[str, Any] | None:
 
 def _labelled(pretty: str, options: Mapping[str, Any]) -> str:
     text = ", ".join(
-        f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in options.items()
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in sorted(options.items())
     )
     return f"{pretty} ({text})" if text else pretty
 
@@ -486,8 +511,8 @@ def prepare(cfg: DictConfig) -> Plan:
     source.check()
     for metric in metrics.values():
         metric.ready()
-        if not source.miniature:  # a miniature makes its base and evaluation inputs itself
-            metric.check(str((cfg.get("builder") or {}).get("base") or cfg.subset.base), None, device)
+        if source.base is not None:  # a miniature makes its base and evaluation inputs itself
+            metric.check(source.base, None, device)
     data = source.open()
     table = data.table
     chosen = [
@@ -510,5 +535,5 @@ def prepare(cfg: DictConfig) -> Plan:
         draws=tuple(chosen),
         device=device,
         folder=folder,
-        judge_code=digest(code_digest("lowra.bench.merging") + code_digest("lowra.metrics.weight_error")),
+        judge_code=digest(code_digest("lowra.bench.foreign") + code_digest("lowra.metrics.weight_error")),
     )

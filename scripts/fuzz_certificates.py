@@ -149,9 +149,11 @@ def plant(seed: int) -> Layer:
 
 
 def level(merged: Tensor, storage: torch.dtype) -> float:
-    """Norm below which a singular value is the rounding of a merge (d, k), generously."""
+    """Norm below which a singular value is the rounding of a merge (d, k)."""
     d, k = merged.shape
-    return 2 * float(merged.double().square().mean().sqrt()) * torch.finfo(storage).eps * (math.sqrt(d) + math.sqrt(k))
+    return (
+        0.5 * float(merged.double().square().mean().sqrt()) * torch.finfo(storage).eps * (math.sqrt(d) + math.sqrt(k))
+    )
 
 
 def rank_above(matrix: Tensor, cutoff: float) -> int:

@@ -108,9 +108,53 @@ def test_wrong_content_is_thrown_away(script, civitai, capsys):
 
 def test_token_goes_to_civitai_alone(script, civitai, monkeypatch):
     monkeypatch.setenv("CIVITAI_TOKEN", "secret")
-    assert script.main(civitai.arguments) == 0
-    sent = {path: headers.get("Authorization") for path, headers in civitai.seen}
-    assert sent == {"/api/v1/model-versions/7": "Bearer secret", "/download/7": "Bearer secret", "/storage": None}
+    assert script.main(civitai.arguments) == 0  # another host, as its answers and their redirects may name
+    assert {path: headers.get("Authorization") for path, headers in civitai.seen} == {
+        "/api/v1/model-versions/7": None,
+        "/download/7": None,
+        "/storage": None,
+    }
+    for url in ("https://civitai.com/api/v1/model-versions/7", "https://images.civitai.com/7"):
+        assert script.request(url).unredirected_hdrs == {"Authorization": "Bearer secret"}
+        assert "Authorization" not in script.request(url).headers  # these follow redirects
+    for url in ("http://civitai.com/7", "https://civitai.com.evil.org/7", "https://evilcivitai.com/7", "file:///7"):
+        assert "Authorization" not in script.request(url).unredirected_hdrs
+
+
+@pytest.mark.parametrize("version", ["../../../x", "7/../8", "", "7\n", "٧", None, 7.5])
+def test_versions_are_digits(script, civitai, tmp_path, capsys, version):
+    entries = [{"name": "smol", "model": 1, "version": version, "url": "https://civitai.com/models/1"}]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    assert script.main(civitai.arguments) == 1
+    assert "expected a model version id, digits" in capsys.readouterr().err
+    assert not civitai.seen
+
+
+@pytest.mark.parametrize("text", ["", "{", '["x"]', "[{}]", "3"])
+def test_lists_that_are_none(script, civitai, tmp_path, capsys, text):
+    (tmp_path / "list.json").write_text(text)
+    assert script.main(civitai.arguments) == 1
+    assert "list.json" in capsys.readouterr().err
+
+
+def test_large_files_are_not_taken(script, civitai, capsys):
+    assert script.main([*civitai.arguments, "--max-mb", "0.01"]) == 1
+    assert "at most 0.01 MB are taken" in capsys.readouterr().err
+    assert [path for path, _ in civitai.seen] == ["/api/v1/model-versions/7"]
+
+
+def test_more_than_was_stated_is_not_read(script, civitai, capsys):
+    civitai.version["files"][1]["sizeKB"] = 1.0
+    assert script.main(civitai.arguments) == 1
+    assert "got 1025 bytes" in capsys.readouterr().err
+    assert not list(civitai.target.parent.iterdir())
+
+
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://civitai.com/7"])
+def test_addresses_that_are_not_https(script, civitai, capsys, url):
+    civitai.version["files"][1]["downloadUrl"] = url
+    assert script.main(civitai.arguments) == 1
+    assert "an address that is not https" in capsys.readouterr().err
 
 
 def test_refusal_names_the_token_and_the_page(script, civitai, capsys):

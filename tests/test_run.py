@@ -1,10 +1,15 @@
+"""Whole runs on a small data set: what they leave, what they share, how they stop and go on."""
+
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +18,16 @@ import pandas as pd
 import pytest
 import torch
 from conftest import planted_layers
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
-from lowra import run as pipeline
+from lowra import pipeline, plan
 from lowra.bench.schema import write_dataset
-from lowra.errors import LowraError
-from lowra.methods import Observation, Recovery
-from lowra.metrics.weight_error import EXACT
+from lowra.judge import LayerJudge
+from lowra.records import read, trials
 
 Configure = Callable[..., DictConfig]
+
+TIMES = ["seconds", "finished", "context", "folder"]
 
 
 @pytest.fixture
@@ -30,153 +36,360 @@ def custom(dataset: Path, configure: Configure) -> Configure:
 
     def composed(*overrides: str) -> DictConfig:
         data = ["subset=custom", "source=published", f"source.path={dataset}", "n_loras=3", "trials=2"]
-        return configure(
-            *data, *([] if any("methods=" in o for o in overrides) else ["methods=[mean_lora]"]), *overrides
-        )
+        methods = [] if any(o.startswith("methods=") for o in overrides) else ["methods=[mean_lora]"]
+        return configure(*data, *methods, *overrides)
 
     return composed
 
 
-class Oracle:
-    """A method that was told the answer, to check the judge."""
+def numbers(folder: Path) -> pd.DataFrame:
+    """Everything of a run's layers but its times."""
+    layers = read([folder]).layers.drop(columns=TIMES)
+    return layers.sort_values("key", ignore_index=True)
 
-    def __init__(self, answers: dict[float, torch.Tensor]) -> None:
-        self.answers = answers
 
-    def recover(self, observation: Observation) -> Recovery:
-        return Recovery(self.answers[round(float(observation.merged.mean()), 5)].unsqueeze(0))
+def counted(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[tuple[int, int, tuple[str, ...]]]:
+    """The (trial, layer, variants) that are recovered from now on; interrupted after so many."""
+    real, done = LayerJudge.judge, []
+
+    def judge(self: LayerJudge, task: plan.Task) -> Any:
+        if len(done) == stop_after:
+            raise KeyboardInterrupt
+        done.append((task.draw.trial, task.index, task.variants))
+        return real(self, task)
+
+    monkeypatch.setattr(LayerJudge, "judge", judge)
+    return done
 
 
 def test_every_row_and_column_is_there(custom: Configure, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = pipeline.run(custom("methods=[lora_ft,mean_lora]", "n_loras=[2,3]"))
-    layers, trials = pd.read_parquet(folder / "layers.parquet"), pd.read_parquet(folder / "trials.parquet")
+    folder = pipeline.run(custom("methods=[lora_ft,mean_lora]", "n_loras=[2,3]")).folder
+    layers, draws = pd.read_parquet(folder / "layers.parquet"), pd.read_parquet(folder / "trials.parquet")
     assert len(layers) == 2 * 2 * 2 * 3  # methods, numbers of models, draws, layers
-    assert len(trials) == 2 * 2 * 2
-    asked = "subset source n_loras trial models method layer_model layer_name d k rank w_error exact_fraction"
-    assert {*asked.split(), "seconds", "status"} <= set(layers)
+    assert len(draws) == 2 * 2 * 2
     assert (layers["models"].map(len) == layers["n_loras"]).all()
     assert set(layers["status"]) == {"ok"}
     mean = layers.groupby(["n_loras", "trial", "method"])["w_error"].mean()
-    found = trials.set_index(["n_loras", "trial", "method"])["w_error"]
+    found = draws.set_index(["n_loras", "trial", "method"])["w_error"]
     assert (mean - found).abs().max() < 1e-12
     # Three independent updates: their mean's square is a third of one's, log10(3) = 0.477 below it.
-    three = trials[trials["n_loras"] == 3].groupby("method")["w_error"].mean()
+    three = draws[draws["n_loras"] == 3].groupby("method")["w_error"].mean()
     assert three["lora_ft"] - three["mean_lora"] == pytest.approx(0.477, abs=0.05)
+    assert (layers.groupby(["n_loras", "trial", "layer_name"])["floor_w_error"].nunique() == 1).all()
     printed = capsys.readouterr().out
     assert "Mean LoRA" in printed
-    assert "source=published" in printed
-    described = json.loads((folder / "run.json").read_text())
-    assert described["draws"]["custom/L02/t01"] == list(layers[layers["n_loras"] == 2].iloc[-1]["models"])
-    assert described["config"]["seed"] == 0
-    assert "results_dir" not in described["config"]
     assert (folder / "table.md").read_text().count("Mean LoRA") >= 2
     assert (folder / "by_models.png").stat().st_size > 1000
 
 
+def test_a_record_says_what_one_needs_to_trust_it(custom: Configure, dataset: Path) -> None:
+    found = read([pipeline.run(custom()).folder])
+    (context,) = found.contexts.values()
+    assert {"torch", "lowra", "python"} <= set(context["versions"])
+    assert {"command", "config", "machine", "threads", "device", "models", "caption", "title"} <= set(context)
+    assert context["config"]["seed"] == 0
+    assert context["config"]["source"]["path"] == dataset.name  # no folder of this machine
+    assert str(dataset) not in json.dumps(context)
+    assert found.layers["seconds"].ge(0).all()
+
+
 def test_methods_see_the_same_draws(custom: Configure) -> None:
-    folder = pipeline.run(custom("methods=[lora_ft,mean_lora]"))
-    layers = pd.read_parquet(folder / "layers.parquet")
+    layers = read([pipeline.run(custom("methods=[lora_ft,mean_lora]")).folder]).layers
     drawn = layers.groupby(["trial", "method"])["models"].first().map(tuple).unstack()
     assert (drawn["lora_ft"] == drawn["mean_lora"]).all()
 
 
-def test_exact_recovery_is_counted(custom: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = custom()
-    prepared = pipeline.prepare(cfg)
-    answers = {}
-    for cell in prepared.cells():
-        for index in prepared.layers:
-            layer = prepared.data.table.read(index, cell.draw.models)
-            answers[round(float(pipeline.merge(layer).mean()), 5)] = layer.weight
-    monkeypatch.setattr(
-        pipeline, "make_methods", lambda cfg: {"mean_lora": pipeline.as_method(Oracle(answers), "told")}
+def test_draws_are_different_ones(custom: Configure) -> None:
+    layers = read([pipeline.run(custom("n_loras=6", "trials=10")).folder]).layers
+    assert set(layers["trial"]) == {0}  # there is one draw of 6 of 6
+
+
+def test_exact_recovery_is_counted(tmp_path: Path, custom: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A method that was told the answer, to check the judge: it knows the planted layers.
+    (tmp_path / "oracle_method.py").write_text(
+        "import torch\nfrom conftest import planted_layers\nTRUE = [layer.weight for layer in planted_layers()]\n"
+        "def f(stack):\n    return min(TRUE, key=lambda w: float((w - stack.mean(0)).square().sum()))\n"
     )
-    trials = pd.read_parquet(pipeline.run(cfg) / "trials.parquet")
-    assert trials["w_error"].tolist() == pytest.approx([EXACT] * 2, abs=1e-12)  # a mean of equal numbers may round
-    assert (trials["exact_layers"] == 3).all()
-    assert (trials["exact_fraction"] == 1).all()
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = custom("methods=[]", "+methods.told={_target_: oracle_method.f, _partial_: true}")
+    layers = read([pipeline.run(cfg).folder]).layers
+    assert layers["w_error"].tolist() == pytest.approx([-31.3072] * 6, abs=1e-4)
+    assert layers["exact_layer"].all()
+    assert (layers["exact_fraction"] == 1).all()
+
+
+# ---- Again, and further -----------------------------------------------------------------------------------------
 
 
 def test_a_second_run_computes_nothing(custom: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = pd.read_parquet(pipeline.run(custom()) / "layers.parquet")
-    monkeypatch.setattr(pipeline, "recover_layer", lambda *_: pytest.fail("computed again"))
-    pd.testing.assert_frame_equal(first, pd.read_parquet(pipeline.run(custom()) / "layers.parquet"))
-
-
-def kill_after(layers: int, cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
-    """Interrupt a run after so many layers: the indices recovered until then, and a list for those recovered later."""
-    real, done, again = pipeline.recover_layer, [], []
-
-    def killed(*arguments: Any) -> Any:
-        if len(done) == layers:
-            raise KeyboardInterrupt
-        done.append(arguments[2])
-        return real(*arguments)
-
-    monkeypatch.setattr(pipeline, "recover_layer", killed)
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.run(cfg)
-    monkeypatch.setattr(pipeline, "recover_layer", lambda *a: (again.append(a[2]), real(*a))[1])
-    return done, again
+    first = numbers(pipeline.run(custom()).folder)
+    done = counted(monkeypatch)
+    pd.testing.assert_frame_equal(first, numbers(pipeline.run(custom()).folder))
+    assert not done
 
 
 def test_a_killed_run_continues_at_the_layer(custom: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, again = kill_after(4, custom(), monkeypatch)
-    folder = pipeline.run(custom())
-    assert again == [1, 2]  # trial 1, its first layer was finished
-    assert len(pd.read_parquet(folder / "layers.parquet")) == 6
-    assert not list(folder.rglob("*.jsonl"))
+    whole = numbers(pipeline.run(custom()).folder)
+    shutil.rmtree(custom().results_dir)
+    with monkeypatch.context() as patch:
+        counted(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(custom())
+    done = counted(monkeypatch)
+    folder = pipeline.run(custom()).folder
+    assert done == [(1, 1, ("mean_lora",)), (1, 2, ("mean_lora",))]
+    pd.testing.assert_frame_equal(whole, numbers(folder))
+
+
+def test_what_was_asked_for_is_no_part_of_a_key(custom: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.run(custom("trials=1", "layers='layers.0'"))
+    pipeline.run(custom("trials=1", "methods=[lora_ft]"))
+    done = counted(monkeypatch)
+    pipeline.run(custom("methods=[lora_ft,mean_lora]", "n_loras=[3]"))
+    assert done[:2] == [(0, 1, ("mean_lora",)), (0, 2, ("mean_lora",))]
+    assert done[2:] == [(1, i, ("lora_ft", "mean_lora")) for i in range(3)]  # one reading for both
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_shards_add_up_to_an_undisturbed_run(
+    custom: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, jobs: int
+) -> None:
+    settings = ["methods=[lora_ft,mean_lora]", f"jobs={jobs}"]
+    whole = numbers(pipeline.run(custom(*settings)).folder)
+    shutil.rmtree(custom().results_dir)
+    for i in (3, 1, 2):
+        outcome = pipeline.run(custom(*settings, f"shard='{i}/3'"))
+        assert not (outcome.folder / "table.md").exists()
+        assert len(read([outcome.folder]).layers) <= len(whole)
+    done = counted(monkeypatch)
+    folder = pipeline.run(custom(*settings)).folder
+    assert not done
+    pd.testing.assert_frame_equal(whole, numbers(folder))
+
+
+def test_shards_share_the_work_evenly_and_do_not_depend_on_what_is_done() -> None:
+    sizes = [float(4096 * (4096 if i % 4 in (0, 3) else 1024)) for i in range(128)]
+    pairs = [(None, i) for i in range(128)]
+    parts = [plan.in_shard(pairs, sizes, (i, 16)) for i in range(1, 17)]  # type: ignore[arg-type]
+    assert sorted(t for part in parts for t in part) == list(range(128))
+    loads = [sum(sizes[t] for t in part) for part in parts]
+    assert max(loads) == min(loads)
+
+
+def test_two_jobs_give_the_same_numbers(custom: Configure) -> None:
+    one = numbers(pipeline.run(custom("methods=[mean_lora,spectral_detuning]", "jobs=1")).folder)
+    shutil.rmtree(custom().results_dir)
+    two = numbers(pipeline.run(custom("methods=[mean_lora,spectral_detuning]", "jobs=2")).folder)
+    pd.testing.assert_frame_equal(one, two)  # small layers have one thread in either
+
+
+# ---- Variants and keys ------------------------------------------------------------------------------------------
+
+
+def test_variants_stand_side_by_side(custom: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    flat = "+methods.flat={like: spectral_detuning, scheduler: false, steps: 20}"
+    folder = pipeline.run(custom("methods=[spectral_detuning]", flat)).folder
+    layers = read([folder]).layers
+    assert set(layers["label"]) == {"Spectral DeTuning", "Spectral DeTuning (scheduler=false, steps=20)"}
+    assert len(layers) == 12
+    assert "Spectral DeTuning (scheduler=false, steps=20)" in capsys.readouterr().out
+
+
+def test_a_variant_adds_to_the_default(custom: Configure) -> None:
+    pipeline.run(custom("methods=[spectral_detuning]", "methods.spectral_detuning.steps=20"))
+    folder = pipeline.run(custom("methods=[spectral_detuning]")).folder
+    assert len(read([folder]).layers) == 12
+    table = pd.read_parquet(folder / "layers.parquet")  # the run's own report is of what it was asked for
+    assert set(table["label"]) == {"Spectral DeTuning"}
+
+
+def test_a_config_of_ones_own_inherits_another(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "methods").mkdir(parents=True)
+    (tmp_path / "conf" / "methods" / "patient.yaml").write_text(
+        "# @package methods.patient\ndefaults:\n  - spectral_detuning@_here_\n  - _self_\npatience: 30\nsteps: 20\n"
+    )
+    done = command(
+        dataset, tmp_path, "methods=[spectral_detuning,patient]", f"hydra.searchpath=[file://{tmp_path}/conf]"
+    )
+    assert done.returncode == 0, done.stderr
+    labels = set(read([tmp_path / "out/custom/published"]).layers["label"])
+    assert labels == {"Spectral DeTuning", "Spectral DeTuning (patience=30, steps=20)"}
+
+
+def test_any_name_keeps_its_own_records(custom: Configure) -> None:
+    def named(seed: int) -> DictConfig:
+        cfg = custom(f"seed={seed}", "methods=[mean_lora]")
+        mean = cfg.methods.mean_lora
+        with open_dict(cfg):
+            cfg.methods = {"my.v1": mean, "../../escape": {"like": "spectral_detuning", "steps": 10}}
+        return cfg
+
+    folder = pipeline.run(named(0)).folder
+    first, second = (set(plan.prepare(named(seed)).keys()) for seed in (0, 1))
+    assert not first & second
+    assert set(read([folder]).layers["method"]) == {"my.v1", "../../escape"}
+    assert not list(folder.parents[2].rglob("*escape*"))
 
 
 @pytest.mark.parametrize(
-    "change", ["seed=1", "merge.dtype=bfloat16", "knows_rank=false", "layers=layers.0", "+methods.mean_lora.x=1"]
+    "change", ["seed=1", "merge.dtype=bfloat16", "knows_rank=false", "+methods.mean_lora.like=mean_lora"]
 )
-def test_a_changed_setting_is_another_cell(custom: Configure, change: str) -> None:
-    def digests(*overrides: str) -> list[str]:
-        cfg = custom(*overrides)
-        prepared = pipeline.prepare(custom(*[o for o in overrides if "methods." not in o]))
-        prepared.cfg = cfg
-        return [cell.digest for cell in prepared.cells()]
-
-    assert not set(digests()) & set(digests(change))
+def test_a_setting_that_decides_numbers_is_in_the_key(custom: Configure, change: str) -> None:
+    before, after = set(plan.prepare(custom()).keys()), set(plan.prepare(custom(change)).keys())
+    if "like" in change:
+        assert before == after
+    else:
+        assert not before & after
 
 
-def test_an_edited_method_is_another_cell(tmp_path: Path, custom: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edited_method_is_recovered_again(
+    tmp_path: Path, custom: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowra.code import code_digest
+
     monkeypatch.syspath_prepend(tmp_path)
     found = []
     for body in ("stack.mean(0)", "stack.median(0).values"):
         (tmp_path / "edited_method.py").write_text(f"def f(stack):\n    return {body}\n")
         sys.modules.pop("edited_method", None)
-        cfg = custom("methods=[]", "+methods.mine={_target_: edited_method.f, _partial_: true}")
-        found.append([cell.digest for cell in pipeline.prepare(cfg).cells()])
-    assert not set(found[0]) & set(found[1])
+        code_digest.cache_clear()
+        cfg = (
+            custom("methods=[]", "+methods.my={v1: 0}", "~methods.my.v1", "methods.my={}")
+            if False
+            else custom("methods=[]", "+methods.mine={_target_: edited_method.f, _partial_: true}")
+        )
+        outcome = pipeline.run(cfg)
+        found.append(pd.read_parquet(outcome.folder / "layers.parquet")["w_error"].tolist())
+    assert found[0] != found[1]
+    assert len(found[1]) == 6
 
 
-def test_other_settings_add_to_the_tables(custom: Configure) -> None:
+def test_other_settings_add_to_the_folder(custom: Configure) -> None:
     pipeline.run(custom())
-    folder = pipeline.run(custom("methods=[lora_ft]", "n_loras=2"))
-    trials = pd.read_parquet(folder / "trials.parquet")
-    assert set(zip(trials["method"], trials["n_loras"], strict=True)) == {("mean_lora", 3), ("lora_ft", 2)}
+    folder = pipeline.run(custom("methods=[lora_ft]", "n_loras=2")).folder
+    layers = read([folder]).layers
+    assert set(zip(layers["method"], layers["n_loras"], strict=True)) == {("mean_lora", 3), ("lora_ft", 2)}
     assert "Mean LoRA" not in (folder / "table.md").read_text()  # the report is of the last run
 
 
-def test_one_coordinate_has_one_row(custom: Configure) -> None:
-    pipeline.run(custom())
-    folder = pipeline.run(custom("seed=1"))
-    assert len(pd.read_parquet(folder / "trials.parquet")) == 2
+def test_coarser_merges_are_labelled(custom: Configure) -> None:
+    folder = pipeline.run(custom("merge.dtype=bfloat16")).folder
+    assert "bfloat16" in (folder / "table.md").read_text()
+    twice = pipeline.run(custom("merge.dtype=bfloat16", "merge.order=twice")).folder
+    layers = read([twice]).layers
+    assert set(zip(layers["merge_dtype"], layers["merge_order"], strict=True)) == {
+        ("bfloat16", "once"),
+        ("bfloat16", "twice"),
+    }
 
 
-def test_a_failing_method_is_marked_not_dropped(
-    tmp_path: Path, custom: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "failing_method.py").write_text("def f(stack):\n    raise ValueError('no luck')\n")
+def test_models_of_another_base_are_a_setting_of_their_own(custom: Configure) -> None:
+    folder = pipeline.run(custom()).folder
+    pipeline.run(custom("merge.foreign=1"))
+    layers = read([folder]).layers.set_index(["merge_order", "trial", "layer_name"])["w_error"]
+    plain, foreign = layers["once"], layers["once, 1 foreign"]
+    # One of three is of a base as far away as W is large: (0.05^2 * 2) / 9 in the mean square.
+    assert (foreign > plain + 1).all()
+    assert foreign.mean() == pytest.approx(math.log10(0.05**2 * 2 / 9), abs=0.1)
+
+
+def test_ranks_may_differ_between_loras(tmp_path: Path, custom: Configure) -> None:
+    path = write_dataset(planted_layers(ranks=(2, 4)), tmp_path / "mixed")
+    layers = read([pipeline.run(custom(f"source.path={path}")).folder]).layers
+    for row in layers.itertuples():
+        assert row.rank == max((2, 4)[m % 2] for m in row.models)
+
+
+# ---- Methods that fail ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """A method with a body of one's own, as an override."""
     monkeypatch.syspath_prepend(tmp_path)
-    cfg = custom("methods=[mean_lora]", "+methods.mine={_target_: failing_method.f, _partial_: true}")
-    folder = pipeline.run(cfg)
-    layers = pd.read_parquet(folder / "layers.parquet")
-    assert set(layers[layers["method"] == "mine"]["status"]) == {"failed: ValueError: no luck"}
-    assert layers[layers["method"] == "mean_lora"]["w_error"].notna().all()
-    assert "6 layers failed" in capsys.readouterr().err
+
+    def made(body: str) -> str:
+        name = f"bad_{abs(hash(body))}"
+        (tmp_path / f"{name}.py").write_text(
+            "import sys\nimport torch\nfrom lowra.methods import Recovery\n\n"
+            f"class Bad:\n    def recover(self, observation):\n        stack = observation.merged\n        {body}\n"
+        )
+        return f"+methods.bad={{_target_: {name}.Bad}}"
+
+    return made
+
+
+BAD = {
+    "raise ValueError('no luck')": "ValueError: no luck",
+    "sys.exit(0)": "SystemExit: 0",
+    "return stack.mean(0)": "TypeError: recover returned a Tensor; expected a Recovery",
+    "return Recovery(stack.mean(0))": "ValueError: returned shape",
+    "return Recovery(stack[:0])": "at least one candidate",
+    "return Recovery(stack.mean(0, keepdim=True).to(torch.complex64))": "expected a dense one of real",
+    "return Recovery(stack.mean(0, keepdim=True).to_sparse())": "expected a dense one of real",
+    "return Recovery(stack.mean(0, keepdim=True).int())": "expected a dense one of real",
+    "return Recovery(stack.mean(0, keepdim=True), stats=None)": "stats is a NoneType",
+    "return Recovery(stack.mean(0, keepdim=True), stats={'x': stack})": "stats holds 'x': Tensor",
+    "return Recovery(stack.mean(0, keepdim=True), history=5)": "history is a int",
+    "return Recovery(stack.mean(0, keepdim=True), history=[5])": "a step of history is a int",
+    "stack.mul_(0); return Recovery(stack.mean(0, keepdim=True))": "it wrote into observation.merged",
+    "stack.numpy()[:] = 0; return Recovery(stack.mean(0, keepdim=True))": "it wrote into observation.merged",
+    "stack.resize_(1); return Recovery(stack)": "ValueError",
+}
+
+
+@pytest.mark.parametrize("body", BAD)
+def test_a_method_that_fails_spoils_nobody_elses_numbers(
+    body: str, bad: Callable[[str], str], custom: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = numbers(pipeline.run(custom()).folder)
+    shutil.rmtree(custom().results_dir)
+    outcome = pipeline.run(custom("methods=[]", bad(body), "+methods.mean_lora={like: mean_lora}"))
+    layers = read([outcome.folder]).layers
+    failed = layers[layers["method"] == "bad"]
+    assert len(failed) == 3  # it failed on every layer of the first draw and is not tried on the second
+    assert failed["failed"].all()
+    assert failed["status"].str.startswith("failed: ").all()
+    assert BAD[body] in failed["status"].iloc[0]
+    good = layers[layers["method"] == "mean_lora"].drop(columns=TIMES).sort_values("key", ignore_index=True)
+    assert good["w_error"].tolist() == alone["w_error"].tolist()
+    assert good["floor_w_error"].tolist() == alone["floor_w_error"].tolist()
+    assert len(outcome.failures) == 1
+    assert BAD[body] in capsys.readouterr().err
+
+
+def test_a_method_that_fails_everywhere_ends_with_its_error(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "raises.py").write_text("def f(stack):\n    raise ValueError('no luck at all')\n")
+    done = command(dataset, tmp_path, "methods=[]", "+methods.raises={_target_: raises.f, _partial_: true}")
+    assert done.returncode == 1
+    assert done.stderr.count("no luck at all") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_mixed_statistics_do_not_poison_the_folder(bad: Callable[[str], str], custom: Configure) -> None:
+    body = "return Recovery(stack.mean(0, keepdim=True), stats={'x': 1.5 if stack[0, 0, 0] > 0 else 'no'})"
+    folder = pipeline.run(custom("methods=[]", bad(body))).folder
+    assert set(pd.read_parquet(folder / "layers.parquet")["stat_x"]) <= {"1.5", "no"}
+    pipeline.run(custom())
+
+
+def test_a_configured_rank_of_a_function_is_its_own(tmp_path: Path, custom: Configure, monkeypatch: Any) -> None:
+    (tmp_path / "ranked.py").write_text("def f(stack, rank):\n    return stack.mean(0) * rank\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = custom("methods=[]", "+methods.mine={_target_: ranked.f, _partial_: true, rank: 1}", "knows_rank=false")
+    mean = numbers(pipeline.run(custom("knows_rank=false")).folder)["w_error"]
+    layers = read([pipeline.run(cfg).folder]).layers
+    assert layers[layers["method"] == "mine"]["w_error"].mean() == pytest.approx(mean.mean(), abs=1e-9)
+
+
+# ---- As a user types it -----------------------------------------------------------------------------------------
+
+
+def command(dataset: Path, folder: Path, *overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python -m lowra.run` on a data set, from a folder of one's own."""
+    arguments = [sys.executable, "-m", "lowra.run", "subset=custom", "source=published", f"source.path={dataset}"]
+    arguments += ["n_loras=3", "trials=1", f"results_dir={folder}/out", *overrides]
+    return subprocess.run(arguments, cwd=folder, capture_output=True, text=True, **options)
 
 
 def test_a_method_of_ones_own_as_the_readme_shows(dataset: Path, tmp_path: Path) -> None:
@@ -187,103 +400,110 @@ def test_a_method_of_ones_own_as_the_readme_shows(dataset: Path, tmp_path: Path)
     (tmp_path / "conf" / "methods" / "median.yaml").write_text(
         "# @package methods.median\n_target_: my_method.median\n_partial_: true\n"
     )
-    command = [sys.executable, "-m", "lowra.run", "subset=custom", "source=published", f"source.path={dataset}"]
-    command += ["methods=[mean_lora,median]", f"hydra.searchpath=[file://{tmp_path}/conf]", "n_loras=3", "trials=1"]
-    done = subprocess.run([*command, f"results_dir={tmp_path}/out"], cwd=tmp_path, capture_output=True, text=True)
+    done = command(dataset, tmp_path, "methods=[mean_lora,median]", f"hydra.searchpath=[file://{tmp_path}/conf]")
     assert done.returncode == 0, done.stderr
-    trials = pd.read_parquet(tmp_path / "out/custom/published/trials.parquet").set_index("method")
-    assert trials.loc["median", "w_error"] < -4
-    assert trials.loc["median", "w_error"] != trials.loc["mean_lora", "w_error"]
+    draws = pd.read_parquet(tmp_path / "out/custom/published/trials.parquet").set_index("method")
+    assert draws.loc["median", "w_error"] < -4
+    assert draws.loc["median", "w_error"] != draws.loc["mean_lora", "w_error"]
     assert not (tmp_path / "outputs").exists()
 
 
-MISTAKES = [
-    ("n_loras=1", "n_loras is 1; recovery compares models and needs at least 2"),
-    ("n_loras=7", "n_loras is 7, but subset 'custom' has 6 models; ask for 2 to 6"),
-    ("n_loras=[2,x]", "expected a whole number, or a list"),
-    ("trials=0", "trials is 0; at least 1 draw is needed"),
-    ("trials=many", "trials is 'many'; expected a whole number"),
-    ("methods=[]", "methods is empty"),
-    ("merge.dtype=int8", r"Unknown merge\.dtype 'int8'"),
-    (
-        "metrics=[sbert]",
-        r"Metric sbert runs models, but subset=custom source=published holds weights only; use metrics=\[\]",
-    ),
-    ("source.path=/nowhere", "/nowhere does not exist"),
-    ("layers=nothing", "matches none of 3 layers"),
-    ("layers='('", "is no regular expression"),
-    ("source.path=null", r"give source=published source\.path=FOLDER"),
-    ("+methods.mine._target_=nowhere.f", "Cannot make method 'mine' from nowhere.f"),
-    ("+methods.mine.x=1", "has no _target_"),
-    ("knows_rank=false methods=[spectral_detuning]", "needs the LoRA rank, which knows_rank=false withholds"),
-]
+SLOW = "import time\ndef f(stack):\n    time.sleep(0.3)\n    return stack.mean(0)\n"
 
 
-@pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[o for o, _ in MISTAKES])
-def test_mistakes_are_one_sentence_and_leave_nothing(
-    overrides: str, message: str, custom: Configure, tmp_path: Path
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_signals_stop_a_run_with_a_sentence(
+    dataset: Path, tmp_path: Path, number: signal.Signals, status: int, jobs: int
 ) -> None:
-    with pytest.raises(LowraError, match=message):
-        pipeline.run(custom(*overrides.split()))
-    assert not (tmp_path / "results").exists()
-
-
-def test_custom_data_are_only_read(configure: Configure) -> None:
-    with pytest.raises(LowraError, match=r"subset=custom is read from disk: give source=published source\.path=FOLDER"):
-        pipeline.run(configure("subset=custom", "source=mini", "methods=[mean_lora]"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_without_cuda(custom: Configure) -> None:
-    with pytest.raises(LowraError, match="device=cuda was asked for, but torch finds no CUDA device"):
-        pipeline.run(custom("device=cuda"))
-
-
-def test_results_folder_that_cannot_be_written(custom: Configure, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(LowraError, match=r"Cannot write results to .*give another with results_dir=FOLDER"):
-        pipeline.run(custom(f"results_dir={tmp_path}/file"))
-
-
-def test_metric_of_another_family(configure: Configure) -> None:
-    with pytest.raises(LowraError, match=r"Metric 'sbert' scores .*not subset 'vit'"):
-        pipeline.run(configure("subset=vit", "metrics=[sbert]", "methods=[mean_lora]"))
+    (tmp_path / "slow_method.py").write_text(SLOW)
+    slow = ["methods=[]", "+methods.slow={_target_: slow_method.f, _partial_: true}", "trials=20", f"jobs={jobs}"]
+    arguments = [sys.executable, "-m", "lowra.run", "subset=custom", "source=published", f"source.path={dataset}"]
+    process = subprocess.Popen(
+        [*arguments, "n_loras=3", f"results_dir={tmp_path}/out", *slow],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    records = tmp_path / "out/custom/published/records"
+    deadline = time.monotonic() + 120
+    while not list(records.glob("*.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "the same command continues where this one stopped" in said
+    assert "Traceback" not in said
+    assert len(read([tmp_path / "out/custom/published"]).layers) >= 1
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("subset=nope", "Unknown subset 'nope'; known: custom, mistral_dpo, mistral_sft, stable_diffusion, vit."),
+        ("subset=nope", "Unknown subset 'nope'; known: custom, "),
         ("source=nope", "Unknown source 'nope'; known: build, mini, published, synthetic."),
         ("methods=[nope]", "Unknown method 'nope'; known: lora_ft, mean_lora, "),
         ("metrics=[nope]", "Unknown metric 'nope'; known: activation_distance, lpips, sbert."),
+        ("experiment=exact_recovry", "Unknown experiment 'exact_recovry'; known: "),
+        ("methods=null", "Expected names of config files, such as methods=[mean_lora]."),
+        ("builder=nope", "Unknown builder 'nope'; known: "),
+        ("trails=1", "Unknown setting 'trails'; known: "),
+        ("trails=1", "Did you mean trials?"),
+        ("merge.dtyp=bfloat16", "Unknown setting 'merge.dtyp'; known: dtype, "),
     ],
 )
 def test_unknown_names_list_the_known(argument: str, message: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lowra.run", argument, f"results_dir={tmp_path}/out"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    arguments = [sys.executable, "-m", "lowra.run", argument, f"results_dir={tmp_path}/out"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_the_hub_out_of_reach(configure: Configure) -> None:
-    with pytest.raises(LowraError, match=r"Cannot get Eliahu/LoWRA-Bench \(vit\) .*source=mini .*source\.path=FOLDER"):
-        pipeline.run(configure("subset=vit", "source=published", "metrics=[]", "methods=[mean_lora]"))
+def test_a_run_of_the_checkout_changes_no_tracked_file() -> None:
+    from lowra.paths import runs_dir
+
+    root = Path(__file__).parents[1]
+    assert runs_dir() == root / "runs"
+    if (root / ".git").exists():
+        ignored = subprocess.run(["git", "check-ignore", "runs/x", "cache/x"], cwd=root, capture_output=True, text=True)
+        assert ignored.stdout.split() == ["runs/x", "cache/x"]
 
 
-def test_coarser_merges_are_labelled(custom: Configure) -> None:
-    folder = pipeline.run(custom("merge.dtype=bfloat16"))
-    assert "stored in bfloat16" in (folder / "table.md").read_text()
-    assert set(pd.read_parquet(folder / "layers.parquet")["merge_dtype"]) == {"bfloat16"}
+def test_killed_and_concurrent_processes_leave_the_tables_of_an_undisturbed_run(dataset: Path, tmp_path: Path) -> None:
+    # A small one of the kills that scripts/kill_runs.py does by the dozen.
+    (tmp_path / "slow_method.py").write_text(SLOW.replace("0.3", "0.02"))
+    slow = ["methods=[mean_lora]", "+methods.slow={_target_: slow_method.f, _partial_: true}", "n_loras=3", "trials=6"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "lowra.run",
+        "subset=custom",
+        "source=published",
+        f"source.path={dataset}",
+        *slow,
+    ]
+    quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for _ in range(2):
+        pair = [subprocess.Popen([*arguments, f"results_dir={tmp_path}/out"], **quiet) for _ in range(2)]  # type: ignore[call-overload]
+        records = tmp_path / "out/custom/published/records"
+        deadline = time.monotonic() + 120
+        while not list(records.glob("*.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for process in pair:
+            process.kill()
+            process.wait()
+    before = set(numbers(tmp_path / "out/custom/published")["key"])
+    for folder in ("out", "undisturbed"):
+        subprocess.run([*arguments, f"results_dir={tmp_path / folder}"], check=True, **quiet)  # type: ignore[call-overload]
+    after = numbers(tmp_path / "out/custom/published")
+    assert before <= set(after["key"])
+    pd.testing.assert_frame_equal(after, numbers(tmp_path / "undisturbed/custom/published"))
 
 
-def test_ranks_may_differ_between_loras(tmp_path: Path, custom: Configure) -> None:
-    path = write_dataset(planted_layers(ranks=(2, 4)), tmp_path / "mixed")
-    layers = pd.read_parquet(pipeline.run(custom(f"source.path={path}")) / "layers.parquet")
-    for row in layers.itertuples():
-        assert row.rank == max((2, 4)[m % 2] for m in row.models)
+# ---- Metrics ----------------------------------------------------------------------------------------------------
 
 
 class Norm:
@@ -291,8 +511,10 @@ class Norm:
 
     column, pretty, kinds = "norm", "Norm", ("custom",)
 
-    def __init__(self) -> None:
+    def __init__(self, answer: Any = None, bias: float = 0.0) -> None:
         self.labels: list[str] = []
+        self.shown: list[dict[str, str]] = []
+        self.answer, self.bias = answer, bias
 
     def ready(self) -> None:
         pass
@@ -300,56 +522,127 @@ class Norm:
     def check(self, base: str, evaluation: Path | None, device: torch.device) -> None:
         pass
 
+    def inputs(self, evaluation: Path | None) -> str:
+        return f"bias {self.bias}"
+
     def gallery(self, artifacts: Path, columns: dict[str, str], folder: Path, title: str) -> list[Path]:
+        self.shown.append(columns)
+        assert all(label == "reference" or (artifacts / f"{label}.json").exists() for label in columns)
         return []
 
     def scorer(self, base: str, evaluation: Path | None, device: torch.device, artifacts: Path) -> Norm:
         self.artifacts = artifacts
         return self
 
-    def score(self, weights: dict[tuple[str, str], torch.Tensor], label: str) -> dict[str, float]:
+    def score(self, weights: dict[tuple[str, str], torch.Tensor], label: str) -> Any:
         self.labels.append(label)
         path = self.artifacts / f"{label}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(label)
         assert sorted(weights) == [("", f"model.layers.{i}.self_attn.q_proj.weight") for i in range(3)]
-        return {"norm": float(torch.cat([w.flatten() for w in weights.values()]).double().mean())}
+        if self.answer is not None:
+            return self.answer() if callable(self.answer) else self.answer
+        return {"norm": self.bias + float(torch.cat([w.flatten() for w in weights.values()]).double().mean())}
 
 
 @pytest.fixture
-def norm(monkeypatch: pytest.MonkeyPatch) -> Norm:
-    metric, real = Norm(), pipeline.open_data
-    monkeypatch.setattr(pipeline, "make_metrics", lambda cfg: {"norm": metric})
-    monkeypatch.setattr(pipeline, "open_data", lambda cfg: dataclasses.replace(real(cfg), base="base"))
-    return metric
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Norm]:
+    """Make the runs of this test score with a metric of the test's, against a base of its name."""
+
+    def used(metric: Norm, base: str = "base") -> Norm:
+        import dataclasses
+
+        monkeypatch.setattr(plan, "make_metrics", lambda cfg, weights_only: {"norm": metric})
+        real = plan.make_source
+
+        def source(cfg: DictConfig) -> Any:
+            made = real(cfg)
+            opened = type(made).open
+            monkeypatch.setattr(type(made), "open", lambda self: dataclasses.replace(opened(self), base=base))
+            return made
+
+        monkeypatch.setattr(plan, "make_source", source)
+        return metric
+
+    return used
 
 
-def test_a_metric_scores_recovered_models_averaged_over_candidates(custom: Configure, norm: Norm) -> None:
-    cfg = custom("methods=[lora_ft,mean_lora]", "n_loras=3", "trials=3")
-    folder = pipeline.run(cfg)
-    trials = pd.read_parquet(folder / "trials.parquet").set_index(["method", "trial"])
+def test_a_metric_scores_recovered_models_averaged_over_candidates(custom: Configure, use: Any) -> None:
+    norm = use(Norm())
+    cfg = custom("methods=[lora_ft,mean_lora]", "+metrics.norm={_target_: x}", "n_loras=3", "trials=3")
+    outcome = pipeline.run(cfg)
+    assert not outcome.failures
+    found = read([outcome.folder])
+    table = trials(found.layers, found.scores).set_index(["method", "trial"])
     # The mean of three models' means is the mean of their mean, up to float32 rounding of the merged weights.
-    assert trials.loc["lora_ft", "norm"].tolist() == pytest.approx(trials.loc["mean_lora", "norm"].tolist(), abs=1e-8)
-    drawn = {m for models in pd.read_parquet(folder / "trials.parquet")["models"] for m in models}
-    assert len(norm.labels) == len(drawn) + 3  # each fine-tuned model once, and three means
-    kept = sorted(str(p.relative_to(folder / "outputs")) for p in (folder / "outputs").rglob("*.json"))
-    assert kept == ["L03/lora_ft.json", "L03/mean_lora.json"]  # of the first draw
-    assert not (folder / "scratch").exists()
+    assert table.loc["lora_ft", "norm"].tolist() == pytest.approx(table.loc["mean_lora", "norm"].tolist(), abs=1e-8)
+    drawn = {m for models in found.layers["models"] for m in models}
+    scored = {label.rpartition("/")[2] for label in norm.labels}
+    assert len(scored) == len(drawn) + 3  # each fine-tuned model once, and three means
+    assert [list(columns.values()) for columns in norm.shown] == [["Pre-FT (truth)", "Mean LoRA", "LoRA FT"]]
+    assert not (outcome.folder / "weights").exists()
+    assert not list(outcome.folder.rglob("scratch-*"))
 
 
-def test_equal_weights_show_their_outputs_under_both_labels(custom: Configure, norm: Norm) -> None:
-    cfg = custom("methods=[mean_lora]", "+methods.again={_target_: lowra.methods.mean_lora.MeanLora}", "trials=1")
-    folder = pipeline.run(cfg)
-    assert norm.labels == ["L03/mean_lora"]
-    assert (folder / "outputs/L03/again.json").read_text() == "L03/mean_lora"
+def test_scores_are_keyed_by_base_inputs_and_settings(custom: Configure, use: Any) -> None:
+    cfg = ("+metrics.norm={_target_: x}", "trials=1")
+    first = use(Norm())
+    one = pd.read_parquet(pipeline.run(custom(*cfg)).folder / "trials.parquet")["norm"].iloc[0]
+    again = use(Norm())
+    pipeline.run(custom(*cfg))
+    assert (len(first.labels), len(again.labels)) == (1, 0)
+    other = use(Norm(bias=5.0))  # other inputs
+    five = pd.read_parquet(pipeline.run(custom(*cfg)).folder / "trials.parquet")["norm"].iloc[0]
+    assert five == pytest.approx(one + 5)
+    assert len(other.labels) == 1
+    based = use(Norm(), base="another base")
+    pipeline.run(custom(*cfg))
+    assert len(based.labels) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"w_error": 1.0}, "is a column of the benchmark's own"),
+        ({"trial": 1.0}, "is a column of the benchmark's own"),
+        ({"norm": "high"}, "'norm': str; expected a number"),
+        ({}, "expected a dict of numbers"),
+        (5, "score returned a int"),
+        (lambda: sys.exit(0), "SystemExit"),
+    ],
+)
+def test_a_metric_that_fails_is_told_and_ends_in_failure(
+    custom: Configure, use: Any, answer: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(Norm(answer))
+    outcome = pipeline.run(custom("+metrics.norm={_target_: x}"))
+    assert len(outcome.failures) == 1
+    assert message in outcome.failures[0]
+    assert (outcome.folder / "table.md").exists()
+    assert read([outcome.folder]).layers["w_error"].notna().all()
+
+
+def test_candidates_that_differ_in_number_are_no_model(custom: Configure, use: Any, bad: Callable[[str], str]) -> None:
+    norm = use(Norm())
+    body = "return Recovery(stack[:1 + (stack[0, 0, 0] > 0)])"
+    outcome = pipeline.run(custom("methods=[]", bad(body), "+metrics.norm={_target_: x}"))
+    assert "candidates a layer" in outcome.failures[0] or norm.labels
 
 
 def test_a_killed_run_scores_what_it_had_recovered(
-    custom: Configure, norm: Norm, monkeypatch: pytest.MonkeyPatch
+    custom: Configure, use: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = pd.read_parquet(pipeline.run(custom()) / "trials.parquet")
+    use(Norm())
+    settings = ("+metrics.norm={_target_: x}",)
+    whole = pd.read_parquet(pipeline.run(custom(*settings)).folder / "trials.parquet")
     shutil.rmtree(Path(custom().results_dir))
-    done, later = kill_after(2, custom(), monkeypatch)
-    again = pd.read_parquet(pipeline.run(custom()) / "trials.parquet")
-    assert done + later == [0, 1, 2, 0, 1, 2]
+    with monkeypatch.context() as patch:
+        done = counted(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(custom(*settings))
+    later = counted(monkeypatch)
+    again = pd.read_parquet(pipeline.run(custom(*settings)).folder / "trials.parquet")
+    assert [index for _, index, _ in done + later] == [0, 1, 2, 0, 1, 2]
     assert again["norm"].tolist() == whole["norm"].tolist()
+    assert not math.isnan(again["norm"].iloc[0])
+    assert os.path.isdir(Path(custom().results_dir))

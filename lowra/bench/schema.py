@@ -30,6 +30,7 @@ from tqdm import tqdm
 from lowra.bench.updates import Update, check_alpha, check_rank
 from lowra.digests import remembered
 from lowra.errors import LowraError
+from lowra.packages import require
 
 _LAYER_COLUMNS = ("layer_model", "layer_name", "pre_ft_name", "pre_ft_weight")
 _LORA_COLUMNS = ("name", "rank", "alpha", "A_weight", "B_weight")
@@ -468,6 +469,7 @@ def open_dataset(path: Path, config: str | None = None, split: str = "train") ->
     if not present:
         raise LowraError(f"{path} does not exist; expected a folder of parquet files or a save_to_disk folder.")
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+        require("Reading a save_to_disk folder", "datasets")
         from datasets import DatasetDict, load_from_disk
 
         try:
@@ -544,6 +546,7 @@ def open_hub(repo: str, config: str, split: str = "train") -> StoredTable:
 
     Raises LowraError naming the alternatives when the Hub cannot be reached.
     """
+    require("Fetching from the Hub", "datasets")
     from datasets import load_dataset
 
     try:

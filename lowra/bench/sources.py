@@ -5,6 +5,7 @@ Nothing falls back silently: what cannot be had is an error that names the alter
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,20 +44,20 @@ class Data:
 class Subset:
     """A model family and its LoRAs: a file of conf/subset.
 
-    name: of the file, the folders and the draws. title: for captions. kind: of model, one of `KINDS`; None where there
-    is no model, only weights. n_loras: how many models the paper attacks at once. steps: Spectral DeTuning's.
+    name: of the file, the folders and the draws. title: for captions. n_loras: how many models the paper attacks at
+    once. steps: Spectral DeTuning's. kind: of model, one of `KINDS`; None where there is no model, only weights.
     hub_config: the subset's name in the published data set, None where it is not in there. base: the base model's Hub
     id or folder. synthetic: layer shapes and statistics (`lowra.bench.synthetic.Family`), None where nobody wrote them.
     """
 
     name: Name
     title: Name
-    kind: Annotated[str, OneOf(KINDS)] | None
     n_loras: Any  # checked where the run's own n_loras is, which it is the default of
     steps: Count
-    hub_config: str | None
-    base: str | None
-    synthetic: Mapping[str, Any] | None
+    kind: Annotated[str, OneOf(KINDS)] | None = None
+    hub_config: str | None = None
+    base: str | None = None
+    synthetic: Mapping[str, Any] | None = None
 
 
 class Source(Protocol):
@@ -82,6 +83,11 @@ class Source(Protocol):
         """Where the numbers come from: a part of a sentence, in Markdown, that a reader cannot miss."""
         ...
 
+    @property
+    def base(self) -> str | None:
+        """The base model's Hub id or folder, as far as it is known before anything is built; or None."""
+        ...
+
     def check(self) -> None:
         """Raise LowraError for anything that would stop `open` later; nothing is built, and little is read."""
         ...
@@ -92,8 +98,8 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class _Built:
-    """What `Mini` and `Build` share: a builder's recipe and the cache it builds in.
+class Recipe:
+    """A source that builds: a builder's recipe and the cache it builds in.
 
     subset: the entries of `Subset`. builder: the recipe of conf/builder/<subset>_<source>.yaml, None where there is
     none. cache_dir: where built subsets are kept, a folder a recipe.
@@ -105,6 +111,7 @@ class _Built:
     cache_dir: Name
 
     weights_only = False
+    miniature = False
 
     def make_builder(self) -> Builder:
         """The builder. Raises LowraError where there is none, or for a setting that it does not have or cannot use."""
@@ -122,6 +129,11 @@ class _Built:
         except LowraError as error:
             raise LowraError(f"{error} (conf/builder/{subset}_{self.name}.yaml says what the settings are.)") from None
 
+    @property
+    def base(self) -> str | None:
+        """The base model that the recipe names; None where it makes one."""
+        return self.make_builder().base
+
     def folder(self, builder: Builder) -> Path:
         """The cache folder of a recipe: another recipe is another folder."""
         return Path(self.cache_dir) / f"{self.subset['name']}-{self.name}-{recipe_key(builder)}"
@@ -136,11 +148,16 @@ class _Built:
         builder = self.make_builder()
         builder.check()
         folder = self.folder(builder)
+        if self.miniature:  # dozens of tiny models are loaded; a progress bar for each would drown ours
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        made = False
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            made = True
             return builder.build(folder)
         except OSError as error:
-            if error.filename is None or not str(error.filename).startswith(str(folder.parent)):
-                raise
+            if made and not str(error.filename).startswith(str(folder.parent)):
+                raise  # a file of somewhere else
             raise LowraError(
                 f"The cache folder {str(folder.parent)[:80]!r} cannot be used ({error.strerror}); "
                 "give cache_dir=FOLDER, one that can be written."
@@ -153,7 +170,7 @@ class _Built:
 
 
 @dataclass(frozen=True)
-class Mini(_Built):
+class Mini(Recipe):
     """The family in miniature, pre-trained and fine-tuned on this machine.
 
     lpips_trunk: the trunk that LPIPS judges a miniature with (see conf/metrics/lpips.yaml).
@@ -166,10 +183,9 @@ class Mini(_Built):
 
 
 @dataclass(frozen=True)
-class Build(_Built):
+class Build(Recipe):
     """The subset at full size, by the recipes of Appendix D."""
 
-    miniature = False
     caption = "LoRAs built at full size by this project's recipes"
 
 
@@ -197,6 +213,11 @@ class Published:
     def weights_only(self) -> bool:
         """Whether no model is known that the weights belong to."""
         return self._subset.kind is None
+
+    @property
+    def base(self) -> str | None:
+        """The base model that the subset names."""
+        return self._subset.base
 
     @property
     def caption(self) -> str:
@@ -236,6 +257,7 @@ class Synthetic:
 
     weights_only = True
     miniature = False
+    base = None
     caption = "**true layer shapes with generated weights and LoRA updates, NOT the paper's data**"
 
     def check(self) -> None:
@@ -278,24 +300,3 @@ def make_source(cfg: DictConfig) -> Source:
             "give source=published source.path=FOLDER."
         )
     return make(cfg.source, "source")
-
-
-# ---- For lowra.run as it stands; it will call the objects themselves --------------------------------------------
-
-
-def weights_only(cfg: DictConfig) -> bool:
-    """Whether there is no model to run, only weights to compare."""
-    return make_source(cfg).weights_only
-
-
-def open_data(cfg: DictConfig) -> Data:
-    """Build, fetch, open or generate the subset a configuration names."""
-    return make_source(cfg).open()
-
-
-def make_builder(cfg: DictConfig) -> Builder:
-    """The builder of a (subset, source) pair; raises LowraError where there is none."""
-    source = make_source(cfg)
-    if not isinstance(source, _Built):
-        raise LowraError(f"source={source.name} builds nothing; source=mini and source=build do.")
-    return source.make_builder()

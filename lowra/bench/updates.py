@@ -64,7 +64,8 @@ class Update:
 
     def apply(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """The fine-tuned weight W' (d, k), float32, from the weight W (d, k) before; written into `out` if given."""
-        return torch.mm(self.B, self.A, out=out).mul_(self.scale).add_(weight)
+        update = torch.mm(self.B, self.A, out=out)
+        return (update if self.scale == 1 else update.mul_(self.scale)).add_(weight)
 
 
 def check_rank(value: object, what: str) -> int:

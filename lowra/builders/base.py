@@ -1,4 +1,4 @@
-"""What a builder is, and how its work is kept.
+"""What a builder is, and what names its work.
 
 A builder makes one subset: a base model, its LoRA fine-tunes and the data set of both in the LoWRA-Bench schema. Its
 fields are the recipe, and the recipe is the key of the cache folder: another recipe is another folder.
@@ -9,16 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from lowra import __version__
-
-MARKER = "stage.json"
+from lowra.code import code_digest
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,12 @@ class Built:
 
 
 class Builder(Protocol):
-    """A builder is a frozen dataclass; its fields are the recipe."""
+    """A builder is a frozen dataclass; its fields are the recipe, annotated with what they may be (`lowra.checks`)."""
+
+    @property
+    def base(self) -> str | None:
+        """The base model's Hub id or folder; None where a miniature makes its own."""
+        ...
 
     def check(self) -> None:
         """Raise LowraError for anything that would stop the build later: paths, data, packages."""
@@ -49,32 +50,15 @@ class Builder(Protocol):
 
 
 def recipe_key(builder: Any) -> str:
-    """Twelve hex digits that name a recipe: the builder's class, all its fields and lowra's version.
+    """Twelve hex digits that name a recipe: the builder's class, its code, all its fields and lowra's version.
 
+    Of the code what is in this package counts: full-size models are not trained again for a change in what reads them.
     A field with `metadata={"recipe": False}` says what to build now, not what the subset is, and is left out.
     """
     recipe = dataclasses.asdict(builder)
     for spec in dataclasses.fields(builder):
         if not spec.metadata.get("recipe", True):
             del recipe[spec.name]
-    text = json.dumps([__version__, type(builder).__qualname__, recipe], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def stage(folder: Path, work: Callable[[Path], dict[str, Any] | None]) -> dict[str, Any]:
-    """Run `work` once to fill `folder`; later calls return what it reported.
-
-    `work(partial)` gets `<folder>.partial`, which survives a kill: it may resume from what lies there (a Trainer's
-    checkpoints) or write over it. Only a finished stage gets the final name, so a folder that exists is complete.
-    """
-    marker = folder / MARKER
-    if marker.exists():
-        return json.loads(marker.read_text())
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    report = work(partial) or {}
-    (partial / MARKER).write_text(json.dumps(report, indent=1, default=str) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
-    return report
+    kind = type(builder)
+    parts = [__version__, kind.__qualname__, code_digest(kind.__module__, within="lowra.builders"), recipe]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]

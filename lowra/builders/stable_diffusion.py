@@ -10,15 +10,18 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from lowra.bench.schema import Layer, write_dataset
-from lowra.builders.base import Built, stage
-from lowra.builders.kohya import LoraFile, Module, expected_modules
-from lowra.checkpoints.stored import component_folder, load_state_dict, resolve
+from lowra.builders.base import Built
+from lowra.builders.kohya_files import LoraFile, Module, expected_modules
+from lowra.builders.stable_diffusion_mini import Miniature
+from lowra.builders.stages import stage
+from lowra.checkpoints.reading import component_folder, load_state_dict, resolve
+from lowra.checks import Count, Positive, Range, check_fields
 from lowra.errors import LowraError
 
 CIVITAI = Path(__file__).with_name("civitai.json")
@@ -99,24 +102,63 @@ def open_files(
 
 
 @dataclass(frozen=True)
-class StableDiffusionBuild:
-    """The subset of Table 8: LoRA files of SD 1.5 from a folder.
+class StableDiffusionBuilder:
+    """The subset of Table 8: LoRA files of SD 1.5 from a folder; in miniature, of a pipeline and LoRAs trained here.
 
     base: diffusers folder or Hub id of SD 1.5 (the paper's runwayml repository is gone; this is its community copy).
     loras: folder of `.safetensors` files, from `scripts/download_civitai.py` or downloaded by hand.
-    count: how many files there must be. allow_missing: see `collect`.
+    miniature: what is trained instead, where base and loras are None.
+    count: how many LoRAs there must be. allow_missing: see `collect`.
+    guidance, inference_steps: scale and denoising steps that pictures are generated with, here and by the metric.
     """
 
-    base: str
-    loras: str
-    count: int
+    base: str | None
+    loras: str | None
+    miniature: Miniature | None
+    count: Annotated[int, Range(2)]
     allow_missing: bool
+    guidance: Positive
+    inference_steps: Count
+
+    def check(self) -> None:
+        """Open every file and compare it with the base model's modules; in miniature, look at the sizes alone."""
+        check_fields(self, "builder")
+        if self.miniature is None:
+            open_files(str(self.base), self.adapters(), allow_missing=self.allow_missing)
+            return
+        if self.base is not None or self.loras is not None:
+            raise LowraError(
+                "builder.base and builder.loras are for builds from given files, and builder.miniature trains its own; "
+                "use source=build, or builder.miniature=null."
+            )
+        self.miniature.check(self.count)
+
+    def build(self, folder: Path) -> Built:
+        """Collect the files into `folder`; in miniature, after training what is not trained yet."""
+        report: dict[str, Any] = {}
+        evaluation = None
+        if self.miniature is None:
+            base, adapters = str(self.base), self.adapters()
+        else:
+            base, evaluation = str(folder / "base"), folder / "evaluation"
+            paths, report = self.miniature.build(folder, self.count, self.guidance, self.inference_steps)
+            adapters = [Adapter(style, path) for style, path in paths.items()]
+        report["dataset"] = stage(
+            folder / "collected",
+            lambda place: collect(base, adapters, place / "dataset", allow_missing=self.allow_missing),
+        )
+        return Built(folder / "collected" / "dataset", base, evaluation, report)
 
     def adapters(self) -> list[Adapter]:
         """The LoRA files: those named by a version id of Table 8 in its order, then all others by name.
 
         Raises LowraError when the folder is missing or does not hold `count` files.
         """
+        if self.loras is None or self.base is None:
+            raise LowraError(
+                "The full-size Stable Diffusion build needs builder.base and builder.loras=FOLDER, a folder of LoRA "
+                "files (python scripts/download_civitai.py FOLDER fetches those of Table 8); or use source=mini."
+            )
         folder = Path(self.loras).expanduser()
         if not folder.is_dir():
             raise LowraError(
@@ -135,16 +177,3 @@ class StableDiffusionBuild:
                 f"not there as <version id>.safetensors: {', '.join(absent) or 'none'}."
             )
         return adapters
-
-    def check(self) -> None:
-        """Open every file and compare it with the base model's modules."""
-        open_files(self.base, self.adapters(), allow_missing=self.allow_missing)
-
-    def build(self, folder: Path) -> Built:
-        """Collect the files into `folder`."""
-        adapters = self.adapters()
-        report = stage(
-            folder / "collected",
-            lambda partial: collect(self.base, adapters, partial / "dataset", allow_missing=self.allow_missing),
-        )
-        return Built(folder / "collected" / "dataset", self.base, None, report)

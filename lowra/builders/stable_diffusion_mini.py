@@ -26,11 +26,11 @@ What differs from the paper's subset, apart from the size:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
@@ -46,10 +46,10 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lowra.bench.updates import Update
-from lowra.builders.base import Built, stage
-from lowra.builders.kohya import Module, expected_modules, write_kohya
-from lowra.builders.stable_diffusion import Adapter, collect
+from lowra.builders.kohya_files import Module, expected_modules, write_kohya
 from lowra.builders.stable_diffusion_pictures import STYLES, Scene, describe, draw, random_scenes, style_statistics
+from lowra.builders.stages import stage
+from lowra.checks import Count, Filled, MultipleOf, Positive, Rate, Seed
 from lowra.errors import LowraError
 from lowra.quiet import quiet
 
@@ -66,6 +66,8 @@ SAMPLER: dict[str, Any] = {"skip_prk_steps": True, "set_alpha_to_one": False, "s
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
+Width = Annotated[int, MultipleOf(16)]  # of the UNet: its group norms have 16 groups
+
 # Cap on the truncated-SNR weight (deviation 3).
 MAX_WEIGHT = 8.0
 
@@ -74,8 +76,8 @@ KL_WEIGHT = 1e-6
 
 
 @dataclass(frozen=True)
-class StableDiffusionMini:
-    """A small Stable Diffusion and `models` LoRAs of it, trained on this machine.
+class Miniature:
+    """A small Stable Diffusion and LoRAs of it, trained on this machine.
 
     seed: of everything drawn here. image_size: in pixels.
     unet_channels: of the two resolutions; the first has cross attention, the second has not (as SD 1.5's last).
@@ -83,76 +85,75 @@ class StableDiffusionMini:
     of the one before.
     pictures: size of the training set. *_steps, *_batch, *_lr: of the autoencoder, the text encoder alone, the whole
     base model and each LoRA (AdamW; constant rate for LoRAs, cosine to zero for the others). caption_dropout: share of
-    empty captions, which classifier-free guidance needs. models: how many LoRAs (styles). style_pictures: pictures per
-    style.
-    rank, alpha: of the LoRAs. control_prompts: prompts that prompt control is measured on;
-    prompts: the first of them, which evaluate recovered models. guidance,
-        inference_steps: scale and denoising steps that pictures are generated with.
+    empty captions, which classifier-free guidance needs. style_pictures: pictures per style, one style a LoRA.
+    rank, alpha: of the LoRAs. control_prompts: prompts that prompt control is measured on; prompts: the first of them,
+    which evaluate recovered models.
     """
 
-    seed: int
-    image_size: int
-    unet_channels: tuple[int, int]
-    text_width: int
-    text_layers: int
-    vae_channels: tuple[int, ...]
-    pictures: int
-    vae_steps: int
-    vae_batch: int
-    vae_lr: float
-    text_steps: int
-    text_batch: int
-    text_lr: float
-    base_steps: int
-    base_batch: int
-    base_lr: float
-    caption_dropout: float
-    models: int
-    style_pictures: int
-    rank: int
-    alpha: int
-    lora_steps: int
-    lora_batch: int
-    lora_lr: float
-    control_prompts: int
-    prompts: int
-    guidance: float
-    inference_steps: int
+    seed: Seed
+    image_size: Count
+    unet_channels: tuple[Width, Width]
+    text_width: Annotated[int, MultipleOf(4)]
+    text_layers: Count
+    vae_channels: Annotated[Sequence[Annotated[int, MultipleOf(8)]], Filled()]
+    pictures: Count
+    vae_steps: Count
+    vae_batch: Count
+    vae_lr: Positive
+    text_steps: Count
+    text_batch: Count
+    text_lr: Positive
+    base_steps: Count
+    base_batch: Count
+    base_lr: Positive
+    caption_dropout: Rate
+    style_pictures: Count
+    rank: Count
+    alpha: Positive
+    lora_steps: Count
+    lora_batch: Count
+    lora_lr: Positive
+    control_prompts: Count
+    prompts: Count
 
-    def check(self) -> None:
-        """Raise LowraError for sizes that cannot be built."""
-        if not 2 <= self.models <= len(STYLES):
-            raise LowraError(f"models={self.models} LoRAs asked for; there are {len(STYLES)} styles, and 2 are needed.")
+    def check(self, count: int) -> None:
+        """Raise LowraError for sizes that do not go together, and for more LoRAs than there are styles."""
+        if count > len(STYLES):
+            raise LowraError(f"builder.count={count} LoRAs asked for; there are {len(STYLES)} styles.")
         narrow = min(*self.unet_channels, self.text_width)
-        if not 1 <= self.rank <= narrow:
+        if self.rank > narrow:
             raise LowraError(f"rank={self.rank} does not fit layers of width {narrow}; give a rank from 1 to {narrow}.")
-
-        if not 1 <= self.prompts <= self.control_prompts:
+        if self.prompts > self.control_prompts:
             raise LowraError(f"prompts={self.prompts} must be from 1 to control_prompts={self.control_prompts}.")
+        scale = 2 ** len(self.vae_channels)  # the UNet halves the latents once more
+        if self.image_size % scale:
+            raise LowraError(f"image_size={self.image_size} must be a multiple of {scale}.")
 
-    def build(self, folder: Path) -> Built:
-        """Train what is not trained yet. Every part is a stage: a killed build goes on where it was."""
-        self.check()
+    def build(
+        self, folder: Path, count: int, guidance: float, inference_steps: int
+    ) -> tuple[dict[str, Path], dict[str, Any]]:
+        """Train what is not trained yet: folder/base and `count` LoRAs; the evaluation's prompts.
+
+        Returns the LoRA files by style, and numbers about the training. Every part is a stage: a killed build goes on
+        where it was. guidance, inference_steps: of the pictures that the report judges.
+        """
+        look = {"guidance_scale": guidance, "num_inference_steps": inference_steps}
         report: dict[str, Any] = {"autoencoder": stage(folder / "vae", self._train_vae)}
-        report["base"] = stage(folder / "base", partial(self._train_base, vae_folder=folder / "vae"))
-        styles = list(STYLES)[: self.models]
+        report["base"] = stage(folder / "base", partial(self._train_base, vae_folder=folder / "vae", look=look))
+        styles = list(STYLES)[:count]
         report["loras"] = {
-            style: stage(folder / "loras" / style, partial(self._train_lora, root=folder, style=style))
+            style: stage(folder / "loras" / style, partial(self._train_lora, root=folder, style=style, look=look))
             for style in styles
         }
         report["evaluation"] = stage(folder / "evaluation", self._write_prompts)
-        adapters = [Adapter(style, folder / "loras" / style / f"{style}.safetensors") for style in styles]
-        report["dataset"] = stage(
-            folder / "collected", lambda place: collect(str(folder / "base"), adapters, place / "dataset")
-        )
-        return Built(folder / "collected" / "dataset", str(folder / "base"), folder / "evaluation", report)
+        return {style: folder / "loras" / style / f"{style}.safetensors" for style in styles}, report
 
     # ---- Stages -------------------------------------------------------------------------------------------------
 
     def _train_vae(self, folder: Path) -> dict[str, Any]:
         generator = self._seed(0)
         vae = AutoencoderKL(
-            block_out_channels=self.vae_channels,
+            block_out_channels=tuple(self.vae_channels),
             down_block_types=("DownEncoderBlock2D",) * len(self.vae_channels),
             up_block_types=("UpDecoderBlock2D",) * len(self.vae_channels),
             mid_block_add_attention=False,
@@ -186,7 +187,7 @@ class StableDiffusionMini:
         error = F.mse_loss(rebuilt.clamp(-1, 1), images[:512]) / 4  # of pixels in [0, 1]
         return {"final_loss": losses, "psnr_db": float(-10 * error.log10())}
 
-    def _train_base(self, folder: Path, vae_folder: Path) -> dict[str, Any]:
+    def _train_base(self, folder: Path, vae_folder: Path, look: dict[str, Any]) -> dict[str, Any]:
         generator = self._seed(1)
         scenes = random_scenes(self.pictures, generator)
         captions = [scene.caption for scene in scenes]
@@ -208,7 +209,7 @@ class StableDiffusionMini:
         vae = AutoencoderKL.from_pretrained(vae_folder)
         unet = UNet2DConditionModel(
             sample_size=self.image_size // vae_scale(vae),
-            block_out_channels=self.unet_channels,
+            block_out_channels=tuple(self.unet_channels),
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -247,7 +248,7 @@ class StableDiffusionMini:
         )
         pipeline.save_pretrained(folder)
         asked = self.scenes(self.control_prompts)
-        shown = self._generate(pipeline, asked)
+        shown = self._generate(pipeline, asked, look)
         save_images(shown, folder / "samples")
         seen = describe(shown)
         return {
@@ -259,7 +260,7 @@ class StableDiffusionMini:
             },
         }
 
-    def _train_lora(self, folder: Path, root: Path, style: str) -> dict[str, Any]:
+    def _train_lora(self, folder: Path, root: Path, style: str, look: dict[str, Any]) -> dict[str, Any]:
         generator = self._seed(2 + list(STYLES).index(style))
         pipeline = load_pipeline(root / "base")
         unet, text_encoder = pipeline.unet, pipeline.text_encoder
@@ -267,10 +268,11 @@ class StableDiffusionMini:
         images = draw(scenes, self.image_size, generator, style)
         latents = encode_images(pipeline.vae, images)
 
-        unet.requires_grad_(False)
-        text_encoder.requires_grad_(False)
-        unet.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=UNET_TARGETS))
-        text_encoder.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=TEXT_TARGETS))
+        # By PEFT's own function: the models' `add_adapter` are wrappers of it that accept some versions of PEFT only.
+        # It freezes everything but the factors.
+        for model, targets in ((unet, UNET_TARGETS), (text_encoder, TEXT_TARGETS)):
+            config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)  # type: ignore[arg-type]
+            inject_adapter_in_model(config, model)
         losses = train_diffusion(
             unet,
             text_encoder,
@@ -294,7 +296,7 @@ class StableDiffusionMini:
             },
         )
         # How far the generated pictures have moved from the base model's to the style's own, in style statistics.
-        shown = self._generate(pipeline, self.scenes(self.prompts))
+        shown = self._generate(pipeline, self.scenes(self.prompts), look)
         save_images(shown, folder / "samples")
         before = load_images(root / "base" / "samples", self.prompts)
         plain = draw(scenes, self.image_size, self._seed(100))
@@ -318,13 +320,12 @@ class StableDiffusionMini:
         torch.manual_seed(1000 * self.seed + part)
         return torch.Generator().manual_seed(1000 * self.seed + part)
 
-    def _generate(self, pipeline: StableDiffusionPipeline, scenes: list[Scene]) -> Tensor:
+    def _generate(self, pipeline: StableDiffusionPipeline, scenes: list[Scene], look: dict[str, Any]) -> Tensor:
         """Pictures (n, 3, size, size) in [0, 1] that the pipeline draws for the scenes' captions."""
         pipeline.set_progress_bar_config(disable=True)
         return pipeline(
             [scene.caption for scene in scenes],
-            guidance_scale=self.guidance,
-            num_inference_steps=self.inference_steps,
+            **look,
             generator=torch.Generator().manual_seed(self.seed),
             output_type="pt",
         ).images

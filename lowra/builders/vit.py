@@ -19,10 +19,10 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -32,12 +32,26 @@ from tqdm import tqdm
 
 from lowra.bench.images import image_processor, pixel_values
 from lowra.bench.schema import Layer, write_dataset
-from lowra.builders.base import Built, stage
-from lowra.builders.lora import Adapter, checkpoint_state, layer_names, lora_layers
-from lowra.builders.vit_images import TASKS
-from lowra.builders.vit_miniature import Miniature
+from lowra.builders.base import Built
+from lowra.builders.peft_adapters import Adapter, checkpoint_state, layer_names, lora_layers
+from lowra.builders.stages import stage
+from lowra.builders.vit_mini import Miniature
+from lowra.builders.vit_pictures import TASKS
 from lowra.checkpoints.detect import changed_weights
-from lowra.checkpoints.stored import StoredState, component_folder
+from lowra.checkpoints.reading import StoredState, component_folder
+from lowra.checks import (
+    Count,
+    Filled,
+    Name,
+    Names,
+    OneOf,
+    Positive,
+    Rate,
+    Seed,
+    Share,
+    Weight,
+    check_fields,
+)
 from lowra.errors import LowraError, unknown
 from lowra.quiet import quiet
 
@@ -67,56 +81,59 @@ class VitBuilder:
     base: str | None
     data: str | None
     miniature: Miniature | None
-    rank: int
-    alpha: float
-    dropout: float
-    target_modules: list[str]
-    modules_to_save: list[str]
-    learning_rate: float
-    batch_size: int
-    gradient_accumulation: int
-    epochs: int
-    optimiser: str
-    schedule: str
-    warmup: float
-    weight_decay: float
-    precision: str
-    normalisation: str
-    resample: str
+    rank: Count
+    alpha: Positive
+    dropout: Rate
+    target_modules: Annotated[Sequence[Annotated[str, OneOf(LINEAR_LAYERS)]], Filled()]
+    modules_to_save: Sequence[str]
+    learning_rate: Positive
+    batch_size: Count
+    gradient_accumulation: Count
+    epochs: Count
+    optimiser: Name
+    schedule: Name
+    warmup: Share
+    weight_decay: Weight
+    precision: Annotated[str, OneOf(("float32", "bfloat16", "float16"))]
+    normalisation: Annotated[str, OneOf(("base", "imagenet"))]
+    resample: Annotated[str, OneOf(("bilinear", "bicubic"))]
     shared_a: bool
-    seed: int
+    seed: Seed
     use_cpu: bool
-    dataset_dtype: str
-    tasks: list[str] = field(metadata={"recipe": False})
+    dataset_dtype: Annotated[str, OneOf(("float32", "float16"))]
+    tasks: Names = field(metadata={"recipe": False})
 
     # ---- Before any heavy work ----------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise LowraError for settings that cannot work, and for missing or malformed base, lists and images."""
+        check_fields(self, "builder")
         for task in self.tasks:
             if task not in TASKS:
                 raise unknown("ViT task", task, TASKS, "Choose by builder.tasks=[...].")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise LowraError(f"builder.tasks is {self.tasks}; expected one or more different tasks.")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise LowraError(f"builder.tasks is {list(self.tasks)}; expected different tasks.")
         from transformers import SchedulerType
         from transformers.training_args import OptimizerNames
 
         for name, value, known in (
             ("optimiser", self.optimiser, [str(optimiser.value) for optimiser in OptimizerNames]),
             ("schedule", self.schedule, [str(schedule.value) for schedule in SchedulerType]),
-            ("normalisation", self.normalisation, ("base", "imagenet")),
-            ("resample", self.resample, ("bilinear", "bicubic")),
-            ("precision", self.precision, ("float32", "bfloat16", "float16")),
-            ("dataset_dtype", self.dataset_dtype, ("float32", "float16")),
         ):
             if value not in known:
                 raise unknown(f"builder.{name}", value, known)
-        for module in self.target_modules:
-            if module not in LINEAR_LAYERS:
-                raise unknown("module in builder.target_modules", module, LINEAR_LAYERS)
         if self.precision == "float16" and (self.use_cpu or not torch.cuda.is_available()):
             raise LowraError("builder.precision=float16 needs CUDA; use float32 or bfloat16 on this machine.")
+        for head in self.modules_to_save:
+            if head != "classifier":  # the one module a task's own classes ask for
+                raise unknown("module in builder.modules_to_save", head, ("classifier",))
         if self.miniature is not None:
+            if self.base is not None or self.data is not None:
+                raise LowraError(
+                    "builder.base and builder.data are for builds from a given model and images, and builder.miniature "
+                    "makes its own; use source=build, or builder.miniature=null."
+                )
+            self.miniature.check()
             width = self.miniature.width
         else:
             if self.base is None or self.data is None:
@@ -155,7 +172,8 @@ class VitBuilder:
                     report["tasks"][task] = self._build_lora(base, folder, task, adapters[task])
         public_name = self.base or "lowra/vit-miniature"
         # Selections of tasks share a folder, and each has a data set.
-        chosen = "" if self.tasks == list(TASKS) else "".join(f"-{list(TASKS).index(task):02}" for task in self.tasks)
+        numbers = [list(TASKS).index(task) for task in self.tasks]
+        chosen = "" if numbers == list(range(len(TASKS))) else "".join(f"-{number:02}" for number in numbers)
         dataset = folder / f"dataset{chosen}"
 
         def write(partial: Path) -> dict[str, Any]:
@@ -349,7 +367,7 @@ def freeze_shared_a(model: torch.nn.Module, seed: int) -> None:
             parameter.requires_grad_(False)
 
 
-def check_tasks(data: Path, tasks: list[str]) -> None:
+def check_tasks(data: Path, tasks: Sequence[str]) -> None:
     """Raise LowraError unless every task's folder is there with both lists and their images."""
     for task in tasks:
         if not (data / task).is_dir():
@@ -368,11 +386,18 @@ def check_base(base: Path) -> int:
     StoredState(base)
     if not (base / "config.json").exists():
         raise LowraError(f"{base} has no config.json; expected a model saved by transformers.")
-    config = AutoConfig.from_pretrained(base)
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except Exception as error:  # transformers raises several kinds for a damaged file
+        raise LowraError(f"{base / 'config.json'} cannot be read ({_first_line(error)}); fetch it again.") from None
     if config.model_type != "vit":
         raise LowraError(f"{base} holds a model of type {config.model_type!r}; the ViT builder needs 'vit'.")
     image_processor(base)
     return int(config.hidden_size)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # ---- Training ---------------------------------------------------------------------------------------------------
@@ -395,7 +420,7 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(states, key=lambda path: int(path.parent.name.split("-")[1])).parent) if states else None
 
 
-def check_changed(base: Path, adapter: Path, merged: Any, heads: list[str]) -> None:
+def check_changed(base: Path, adapter: Path, merged: Any, heads: Sequence[str]) -> None:
     """Raise LowraError unless fine-tuning changed the targeted weights and no others (App. G)."""
     stored = StoredState(base)
     expected = tuple(sorted(layer_names(base, Adapter(adapter).modules).values()))

@@ -49,12 +49,14 @@ class Recovery:
     status: "ok", or the method's own sentence on how far its answer can be trusted.
     stats: scalars that become columns `stat_<key>` of `layers.parquet`; a key's values are of one type in all layers.
     history: per-step numbers (one dict a step) for methods that keep them when asked.
+    sure: (d, k) bool, the weights that the method holds for exact beyond reasonable doubt, where it can tell.
     """
 
     candidates: Tensor
     status: str = "ok"
     stats: dict[str, Stat] = field(default_factory=dict)
     history: list[dict[str, float]] | None = None
+    sure: Tensor | None = None
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ that a print in grey can be read; legends above the axes, off the curves; no mat
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lowra.files import replacing
 from lowra.metrics.weight_error import EXACT
 from lowra.reporting.escape import plot_text
-from lowra.reporting.files import replacing
 from lowra.reporting.numbers import number
 from lowra.reporting.views import View
 
@@ -407,3 +408,15 @@ def save(draw: Draw, views: Sequence[View], stem: Path) -> list[Path]:
             paths.append(path)
         plt.close(figure)
         return paths
+
+
+def svg(draw: Draw, views: Sequence[View]) -> bytes | None:
+    """A figure as the bytes of an SVG, None where the records have no numbers for it."""
+    with style():
+        figure = draw(views)
+        if figure is None:
+            return None
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+        return buffer.getvalue()

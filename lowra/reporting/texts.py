@@ -16,8 +16,8 @@ from itertools import groupby
 from pathlib import Path
 
 from lowra.errors import LowraError
+from lowra.files import write_text
 from lowra.reporting.escape import html_text, markdown_text
-from lowra.reporting.files import write_text
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
@@ -50,7 +50,7 @@ def write_texts(artifacts: Path, labels: Sequence[str] | Mapping[str, str], out:
     if not labels:
         raise LowraError("No texts to show: give at least the reference's label.")
     names = dict(labels) if isinstance(labels, Mapping) else {label: label.replace("_", " ") for label in labels}
-    columns = {label: _read(artifacts, label) for label in names}
+    columns = {label: read_texts(artifacts, label) for label in names}
     first, reference = next(iter(columns.items()))
     prompts = [prompt for prompt, _ in reference]
     for label, column in columns.items():
@@ -82,7 +82,8 @@ def write_texts(artifacts: Path, labels: Sequence[str] | Mapping[str, str], out:
     return write_text(out / "texts.md", "\n".join(markdown)), write_text(out / "texts.html", document)
 
 
-def _read(artifacts: Path, label: str) -> list[tuple[str, str]]:
+def read_texts(artifacts: Path, label: str) -> list[tuple[str, str]]:
+    """The prompts and texts of a label; raises LowraError when its file is missing or holds something else."""
     path = artifacts / f"{label}.json"
     if not path.is_file():
         known = sorted(str(p.relative_to(artifacts).with_suffix("")) for p in artifacts.rglob("*.json"))
@@ -104,6 +105,11 @@ def _markdown(text: str, agrees: Sequence[bool]) -> str:
     runs = groupby(zip(text.split(), agrees, strict=True), key=lambda pair: pair[1])
     joined = ((same, markdown_text(" ".join(word for word, _ in run))) for same, run in runs)
     return " ".join(f"**{words}**" if same else words for same, words in joined)
+
+
+def marked_html(reference: str, text: str) -> str:
+    """A text in HTML, its words marked (classes `same` and `other`) by whether the reference has them in order."""
+    return _html(text, agreement(reference, text))
 
 
 def _html(text: str, agrees: Sequence[bool]) -> str:

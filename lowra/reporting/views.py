@@ -38,8 +38,8 @@ class View:
     """The records of one setting. Every frame has a column `row`, the name under which its variant is shown.
 
     rows: those names, in the order of tables and legends. columns: the semantic metrics' columns and their headings.
-    layer_count: the layers known of this setting; a draw with fewer is a partial one. slug: "" if the view is the only
-    one of a report, else a part for file names that tells it from the others.
+    layer_count: the layers known of this setting; a draw with fewer is a partial one. slug: a part for file names that
+    tells the view from the others of a report; "" for the only one, and for the one in the paper's setting.
     """
 
     layers: pd.DataFrame
@@ -258,13 +258,15 @@ def _row_names(layers: pd.DataFrame) -> pd.Series:
 
 
 def _with_slugs(found: list[View]) -> list[View]:
-    """Name what differs between the views of one report, for file names; one view needs no name."""
+    """Name what differs between the views of one report, for file names; the paper's setting needs no name."""
     if len(found) < 2:
         return found
     differs = [c for c in SETTING if len({str(view.setting[c]) for view in found}) > 1]
     words = {"knows_rank": {True: "rank-known", False: "rank-unknown"}}
 
     def name(view: View) -> str:
+        if view.is_papers_setting and sum(each.is_papers_setting for each in found) == 1:
+            return ""
         parts = [words.get(c, {}).get(view.setting[c], view.setting[c]) for c in differs]
         return "_".join(slug(part) for part in parts)
 
@@ -324,7 +326,7 @@ def rows_table(view: View) -> pd.DataFrame:
                 entry[f"{column}_draws"] = int(mine[column].notna().sum())
             entry |= certificates(layers)
             reported = {}
-            if paper and view.is_plain(row) and int(n) == paper["n_loras"]:
+            if paper and view.is_papers_setting and view.is_plain(row) and int(n) == paper["n_loras"]:
                 reported = paper["rows"].get(view.method(row), {})
             for column, (mean, deviation) in reported.items():
                 entry |= {f"paper_{column}": mean, f"paper_{column}_std": deviation}

@@ -2,18 +2,17 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
 from lowra.bench.schema import open_dataset
 from lowra.bench.updates import Update
-from lowra.builders.kohya import LoraFile, expected_modules, write_kohya
-from lowra.builders.stable_diffusion import CIVITAI, Adapter, StableDiffusionBuild, collect
-from lowra.builders.stable_diffusion_mini import StableDiffusionMini, load_pipeline, make_tokenizer
+from lowra.builders.kohya_files import LoraFile, expected_modules, write_kohya
+from lowra.builders.stable_diffusion import CIVITAI, Adapter, collect
+from lowra.builders.stable_diffusion_mini import load_pipeline, make_tokenizer
 from lowra.builders.stable_diffusion_pictures import (
     COLOURS,
     STYLES,
@@ -23,20 +22,23 @@ from lowra.builders.stable_diffusion_pictures import (
     random_scenes,
     style_statistics,
 )
-from lowra.checkpoints.stored import component_folder, load_state_dict
+from lowra.checkpoints.reading import component_folder, load_state_dict
+from lowra.checks import make
 from lowra.errors import LowraError
-
-CONF = Path(__file__).parents[2] / "conf" / "builder"
+from lowra.paths import conf_dir, register_resolvers
 
 
 def configured(name):
-    return {k: v for k, v in yaml.safe_load((CONF / f"{name}.yaml").read_text()).items() if not k.startswith("_")}
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return make(compose(overrides=[f"+builder={name}"]).builder, "builder")
 
 
-def tiny(**changes):
-    return StableDiffusionMini(
-        **configured("stable_diffusion_mini")
-        | {
+def tiny(count=2, **changes):
+    made = configured("stable_diffusion_mini")
+    miniature = dataclasses.replace(
+        made.miniature,
+        **{
             "unet_channels": [16, 16],
             "text_width": 16,
             "text_layers": 1,
@@ -48,7 +50,6 @@ def tiny(**changes):
             "text_batch": 4,
             "base_steps": 2,
             "base_batch": 4,
-            "models": 2,
             "style_pictures": 8,
             "rank": 2,
             "alpha": 1,
@@ -57,8 +58,9 @@ def tiny(**changes):
             "control_prompts": 4,
             "prompts": 3,
         }
-        | changes
+        | changes,
     )
+    return dataclasses.replace(made, count=count, miniature=miniature)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,8 @@ def loras(built, tmp_path):
 
 
 def builder(built, folder, **changes):
-    return StableDiffusionBuild(str(built[0] / "base"), str(folder), **({"count": 2, "allow_missing": False} | changes))
+    made = configured("stable_diffusion_build")
+    return dataclasses.replace(made, **{"base": str(built[0] / "base"), "loras": str(folder), "count": 2} | changes)
 
 
 # ---- The miniature ------------------------------------------------------------------------------------------------
@@ -143,15 +146,22 @@ def test_miniature_resumes(built, monkeypatch):
 
 
 def test_miniature_has_room_for_the_exact_method():
-    fields = configured("stable_diffusion_mini")
-    assert 3 * fields["rank"] <= min(*fields["unet_channels"], fields["text_width"])
-    assert fields["models"] == len(STYLES) == 15
-    StableDiffusionMini(**fields).check()
+    made = configured("stable_diffusion_mini")
+    made.check()
+    sizes = made.miniature
+    assert 3 * sizes.rank <= min(*sizes.unet_channels, sizes.text_width)
+    assert made.count == len(STYLES) == 15
 
 
 def test_miniature_refuses_impossible_sizes():
-    with pytest.raises(LowraError, match=r"models=16 .*there are 15 styles"):
-        tiny(models=16).check()
+    with pytest.raises(LowraError, match=r"builder.count=16 .*there are 15 styles"):
+        tiny(count=16).check()
+    with pytest.raises(LowraError, match=r"image_size=18 must be a multiple of 4"):
+        tiny(image_size=18).check()
+    with pytest.raises(LowraError, match=r"text_width is 18; expected a whole number, a multiple of 4"):
+        tiny(text_width=18).check()
+    with pytest.raises(LowraError, match=r"builder.base and builder.loras are for builds from given files"):
+        dataclasses.replace(tiny(), base="/local").check()
     with pytest.raises(LowraError, match=r"rank=17 does not fit layers of width 16"):
         tiny(rank=17).check()
     with pytest.raises(LowraError, match=r"prompts=5 must be from 1 to control_prompts=4"):
@@ -202,7 +212,7 @@ def test_collects_a_folder_in_table_order_with_mixed_ranks(built, loras, tmp_pat
     table = open_dataset(made.dataset)
     assert list(table.model_names) == names
     assert table.infos[0].ranks == (3, 2)
-    assert made.report["ranks"] == {names[0]: [3], names[1]: [2]}
+    assert made.report["dataset"]["ranks"] == {names[0]: [3], names[1]: [2]}
     assert made.base == maker.base
     assert made.evaluation is None
 
@@ -222,7 +232,7 @@ def test_missing_modules_are_listed_or_left_out(built, loras, tmp_path):
     with pytest.raises(LowraError, match=rf"adapts 53 of the base model's 54 modules; missing: {dropped.kohya_name}\."):
         builder(built, folder).check()
     made = builder(built, folder, allow_missing=True).build(tmp_path / "out")
-    assert made.report["left_out"] == [dropped.layer_name]
+    assert made.report["dataset"]["left_out"] == [dropped.layer_name]
     assert len(open_dataset(made.dataset)) == 53
 
 
@@ -236,7 +246,7 @@ def test_untrained_modules_are_named_or_left_out(built, loras, tmp_path):
     with pytest.raises(LowraError, match=rf"1 untrained modules \(B is zero\), the first '{modules[3].kohya_name}'"):
         builder(built, folder).check()
     made = builder(built, folder, allow_missing=True).build(tmp_path / "out")
-    assert made.report["left_out"] == [modules[3].layer_name]
+    assert made.report["dataset"]["left_out"] == [modules[3].layer_name]
 
 
 def test_nothing_in_common(built, loras, tmp_path):
@@ -259,6 +269,8 @@ def test_folder_and_count(built, loras, tmp_path):
 
 
 def test_full_size_configuration():
-    fields = configured("stable_diffusion_build")
-    assert fields["loras"] == "???"
-    assert StableDiffusionBuild(**fields).count == 15
+    made = configured("stable_diffusion_build")
+    assert made.count == 15
+    assert (made.guidance, made.inference_steps) == (7.5, 50)  # of the default pipeline (Appendix D.3)
+    with pytest.raises(LowraError, match=r"needs builder.base and builder.loras=FOLDER"):
+        made.check()

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,15 +17,17 @@ from lowra.bench.schema import open_dataset
 from lowra.builders import vit
 from lowra.builders.base import recipe_key
 from lowra.builders.vit import VitBuilder
-from lowra.builders.vit_images import PRETRAINING_CLASSES, TASKS, draw_images, draw_thing
-from lowra.builders.vit_miniature import Miniature
+from lowra.builders.vit_mini import Miniature
+from lowra.builders.vit_pictures import PRETRAINING_CLASSES, TASKS, draw_images, draw_thing
+from lowra.checks import make
 from lowra.errors import LowraError
 from lowra.paths import conf_dir
 
 
 def configured(name, **changes):
     """The builder of a config, with fields changed."""
-    builder = instantiate(OmegaConf.load(conf_dir() / "builder" / f"{name}.yaml"), _convert_="object")
+    with initialize_config_dir(str(conf_dir()), version_base=None):
+        builder = make(compose(overrides=[f"+builder={name}"]).builder, "builder")
     return dataclasses.replace(builder, **changes)
 
 
@@ -261,15 +262,23 @@ def test_configs_follow_table_5():
     ("changes", "message"),
     [
         ({"tasks": ["cifar", "sun397"]}, r"Unknown ViT task 'sun397'; known: caltech101, cifar, "),
-        ({"tasks": ["cifar", "cifar"]}, r"expected one or more different tasks"),
-        ({"tasks": []}, r"expected one or more different tasks"),
+        ({"tasks": ["cifar", "cifar"]}, r"expected different tasks"),
+        ({"tasks": []}, r"builder.tasks is \[\]; expected a list \(each text\), not empty"),
         ({"tasks": ["dtd"]}, r"no folder of task 'dtd' in .*; found: cifar, smallnorb_azi"),
-        ({"normalisation": "none"}, r"Unknown builder.normalisation 'none'; known: base, imagenet"),
+        ({"normalisation": "none"}, r"builder.normalisation is 'none'; expected one of base, imagenet"),
         ({"optimiser": "sgdm"}, r"Unknown builder.optimiser 'sgdm'; known: .*adamw_torch"),
         ({"schedule": "flat"}, r"Unknown builder.schedule 'flat'; known: .*linear"),
-        ({"target_modules": ["query"]}, r"Unknown module in builder.target_modules 'query'; known: .*q_proj"),
+        ({"target_modules": ["query"]}, r"target_modules is \['query'\]; expected a list \(each one of q_proj, "),
+        ({"target_modules": []}, r"target_modules is \[\]; expected a list .*, not empty"),
+        ({"modules_to_save": ["pooler"]}, r"Unknown module in builder.modules_to_save 'pooler'; known: classifier"),
+        ({"learning_rate": "abc"}, r"builder.learning_rate is 'abc'; expected a number, above 0"),
+        ({"learning_rate": -1}, r"builder.learning_rate is -1; expected a number, above 0"),
+        ({"batch_size": 0}, r"builder.batch_size is 0; expected a whole number, at least 1"),
+        ({"dropout": 1.0}, r"builder.dropout is 1.0; expected a number, at least 0 and below 1"),
+        ({"seed": True}, r"builder.seed is True; expected a whole number"),
+        ({"miniature": TINY}, r"builder.miniature makes its own; use source=build"),
         ({"precision": "float16"}, r"float16 needs CUDA"),
-        ({"precision": "int8"}, r"Unknown builder.precision 'int8'"),
+        ({"precision": "int8"}, r"builder.precision is 'int8'; expected one of float32"),
         ({"rank": 17}, r"builder.rank is 17; expected 1 to 16"),
         ({"data": None}, r"needs builder.base .* and builder.data=FOLDER"),
         ({"base": "no-such-folder/anywhere"}, r"not a local folder and cannot be had from the Hub"),

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lowra.checkpoints.stored import with_weights
+from lowra.checkpoints.reading import with_weights
 from lowra.errors import LowraError
 from lowra.metrics.activation_distance import cosine_distance, load_vit
 from lowra.paths import conf_dir
@@ -144,7 +144,7 @@ def test_state_dicts_that_do_not_fit_are_refused(base):
         ({"blocks": "first"}, r"metrics\.activation_distance\.blocks is 'first'; expected one of last, all"),
         ({"batch_size": 0}, r"metrics\.activation_distance\.batch_size is 0; expected a whole number, at least 1"),
         ({"images_per_class": "abc"}, r"images_per_class is 'abc'; expected a whole number, at least 1"),
-        ({"images": 7}, r"images is 7; expected a text, not empty or null"),
+        ({"images": 7}, r"images is 7; expected text, not empty or null"),
         ({"images": "no-such-folder"}, r"no-such-folder has no sub-folders; expected one per class"),
     ],
 )

@@ -15,9 +15,9 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lowra.builders.kohya import expected_modules
+from lowra.builders.kohya_files import expected_modules
 from lowra.builders.stable_diffusion_mini import NOISE_SCHEDULE, SAMPLER, make_tokenizer
-from lowra.checkpoints.stored import component_folder, load_state_dict
+from lowra.checkpoints.reading import component_folder, load_state_dict
 from lowra.errors import LowraError
 from lowra.metrics.lpips import Judge, Lpips, load_trunk
 
@@ -227,8 +227,8 @@ def test_inputs_are_the_prompts_and_the_judge_wherever_they_lie(evaluation, tmp_
         ({"guidance": "high"}, r"metrics\.lpips\.guidance is 'high'; expected a number, at least 0"),
         ({"batch_size": 1.0}, r"metrics\.lpips\.batch_size is 1\.0; expected a whole number, at least 1"),
         ({"seed": 2**64}, r"metrics\.lpips\.seed is 18446744073709551616; expected a whole number, at least 0"),
-        ({"captions": None}, r"metrics\.lpips\.captions is null; expected a text"),
-        ({"trunk_path": 3}, r"metrics\.lpips\.trunk_path is 3; expected a text, not empty or null"),
+        ({"captions": None}, r"metrics\.lpips\.captions is null; expected text"),
+        ({"trunk_path": 3}, r"metrics\.lpips\.trunk_path is 3; expected text, not empty or null"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(changes, message):

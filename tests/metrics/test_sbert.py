@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from transformers import MistralConfig, MistralForCausalLM
 
-from lowra.builders.mistral_mini import MiniMistral
+from lowra.builders.causal_lm_mini import MiniMistral
 from lowra.errors import LowraError
 from lowra.metrics import sbert
 from lowra.metrics.sbert import Sbert, find_encoder, generate, log_distance
@@ -215,8 +215,8 @@ def test_memory_is_looked_at_where_the_model_will_be(base, evaluation, monkeypat
         ({"top_k": True}, r"top_k is True; expected a whole number, at least 1"),
         ({"seed": -1}, r"seed is -1; expected a whole number, at least 0"),
         ({"with_prompt": "yes"}, r"with_prompt is 'yes'; expected true or false"),
-        ({"prompts": 5}, r"prompts is 5; expected a text, not empty or null"),
-        ({"prompts_repo": None}, r"prompts_repo is null; expected a text"),
+        ({"prompts": 5}, r"prompts is 5; expected text, not empty or null"),
+        ({"prompts_repo": None}, r"prompts_repo is null; expected text"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(changes, message):

@@ -46,6 +46,8 @@ def test_the_papers_numbers_stand_in_their_own_columns() -> None:
     assert table.loc["Mean LoRA", "paper Act.-Dist."] == "0.050 ± 0.010"
     other_n = only(fakes.records([*fakes.rows("mean_lora", "Mean LoRA", -5.0, n=3)]))
     assert not any("paper" in column for column in main_table(other_n))
+    bfloat16 = only(fakes.records(fakes.rows("mean_lora", "Mean LoRA", -5.0, merge_dtype="bfloat16")))
+    assert not any("paper" in column for column in main_table(bfloat16))
 
 
 def test_a_variant_is_a_row_of_its_own_without_the_papers_numbers() -> None:

@@ -1,4 +1,4 @@
-"""What the method says of its answer: seven certificates, each with its code and its sentence."""
+"""What the method says of its answer: eight certificates, each with its code and its sentence."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ class Certificate(StrEnum):
         "The rest of the layer is identified.",
     )
     LOW_SIGNAL = "low_signal", "Low signal: {found}."
+    UNCERTIFIED = "uncertified", "{sentence}"
 
     def sentence(self, **facts: object) -> str:
         """The sentence, its gaps filled."""

@@ -18,11 +18,13 @@ Beyond the plain idea, each because it was measured to pay:
 1. Ranks are counted against the rounding of the merges, never taken from the hint alone.
 2. Models are weighted by the inverse variance of their rounding, which differs where updates outweigh the base.
 3. The blocks of W inside only one of the joint subspaces are least squares too, not the mean (`solve.lift`).
-4. Wide cores: three models first, then one step over all. Low signal: Spectral DeTuning. Small layers and
-   half-precision merges: a fit weighted entry by entry.
+4. Wide cores: three models first, then one step over all. Low signal: Spectral DeTuning. Small layers: a fit weighted
+   entry by entry.
+5. Merges in half precision say in which cell each number lay, and the base weight lies on a grid (`half`).
 
-How far an answer can be trusted is one of seven `certificates`. The steps, a module each: `problem` (with `noise`),
+How far an answer can be trusted is one of eight `certificates`. The steps, a module each: `problem` (with `noise`),
 `closed_form` (with `screen`, `ranges`, `intersection`, `solve`, `certify`) or `low_signal`, then `grid` and `refine`.
+Merges stored in half precision of a base on such a grid go on to `half`, which has a certificate of its own.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from lowra.methods.subspace_intersection.answer import Answer, Estimate
 from lowra.methods.subspace_intersection.certificates import Certificate
 from lowra.methods.subspace_intersection.closed_form import closed_form
 from lowra.methods.subspace_intersection.grid import Grid
+from lowra.methods.subspace_intersection.half import SURE, HalfAnswer, Recoverer, formats
 from lowra.methods.subspace_intersection.low_signal import low_signal
 from lowra.methods.subspace_intersection.problem import Problem, pose
 from lowra.methods.subspace_intersection.ranges import OVERSAMPLING, Difference, projected, triplets
@@ -58,8 +61,9 @@ class SubspaceIntersection:
     snap: round the estimate to the grid of the base weights: "auto" detects it, "bf16", "fp16" or "fp32" name it,
         "none" returns float64.
     refine: "weighted" re-fits W and the updates with every entry weighted by its own rounding (see `refine`), "none"
-        does not; "auto" does where it is cheap or pays most: small layers and half-precision merges. Nothing is
-        refined where a coarse grid has already settled every weight.
+        does not; "auto" does where it is cheap or pays most: small layers, and half-precision merges of a finer base.
+        Nothing is refined where a coarse grid has already settled every weight. Half-precision merges of a base on
+        such a grid are solved cell by cell (see `half`) where `refine` and `snap` are both "auto".
     """
 
     snap: str = "auto"
@@ -68,6 +72,7 @@ class SubspaceIntersection:
     pretty: ClassVar[str] = "Subspace intersection"
     reference: ClassVar[str] = "lowra"
     needs_rank: ClassVar[bool] = False
+    needs_models: ClassVar[int] = 3  # two leave a block of W open
 
     def __post_init__(self) -> None:
         if self.snap not in ("auto", "none", *grids.GRIDS):
@@ -80,7 +85,9 @@ class SubspaceIntersection:
 
         Stats: `predicted_w_error` (log10 of the mean squared error before `refine` and `snap`, None where W is not
         identified), `lambda_min`, `discrepancy`, `ranks`, `grid`, `certificate`, `outlier` (models of another base,
-        counted from 0).
+        counted from 0). Of half-precision merges solved cell by cell also `predicted_exact` (expected share of exact
+        weights), `sure_share`, `chi` (misfit of the worst model, 1 where its cells explain it), `held_out_deviation`
+        (nats by which held-out numbers are predicted worse than expected) and `start`; None or "" elsewhere.
         Raises LowraError for a stack no method can work on, or one of identical models.
         """
         check_observation(observation)
@@ -91,21 +98,64 @@ class SubspaceIntersection:
                 f"All {stack.shape[0]} merged weights are identical, so nothing tells the update from the base weight; "
                 "give fine-tunes of different tasks."
             )
+        stored = formats(stack)
+        if stored is None and observation.storage != torch.float32:
+            # Not what the file's header says; the finest format is believed of numbers that lie on no coarser grid.
+            observation = replace(observation, storage=torch.float32)
         problem = pose(observation).subset(kept)
-        # The seam for other solvers: whatever takes a problem and returns W (d, k) and an answer may stand here.
-        weight, answer = self._solve(problem)
-        if problem.unit != 1:
-            weight = weight * problem.unit
+        half: HalfAnswer | None = None
+        if stored is not None and self.snap == self.refine == "auto":
+            weight, answer, half = self._solve_cells(problem, stack, stored)
+        if half is None:
+            weight, answer = self._solve(problem)
+            if problem.unit != 1:
+                weight = weight * problem.unit
         stats: dict[str, Stat] = {
-            "predicted_w_error": problem.in_units(answer.predicted),
+            "predicted_w_error": half.w_error if half else problem.in_units(answer.predicted),
             "lambda_min": answer.lambda_min,
             "discrepancy": answer.discrepancy,
             "ranks": ",".join(map(str, answer.ranks)),
             "grid": answer.grid,
             "certificate": answer.certificate.value,
             "outlier": ",".join(map(str, answer.outliers)),
+            "predicted_exact": half.predicted if half else None,
+            "sure_share": half.sure if half else None,
+            "chi": half.misfit if half else None,
+            "held_out_deviation": half.deviation if half else None,
+            "start": half.start if half else "",
         }
-        return Recovery(weight.unsqueeze(0), answer.status, stats)
+        return Recovery(weight.unsqueeze(0), answer.status, stats, sure=half.chance >= SURE if half else None)
+
+    def _solve_cells(
+        self, problem: Problem, stack: Tensor, stored: tuple[torch.dtype, ...]
+    ) -> tuple[Tensor, Answer, HalfAnswer | None]:
+        """Half-precision merges, cell by cell: W (d, k), the answer, and None for the last where the base is finer."""
+        answer = closed_form(problem)  # a good start even where `low_signal` would not trust it
+        used = [label for label in problem.labels if label not in answer.outliers]
+        estimate = answer.estimate.dense(torch.float64).mul_(problem.unit).float()
+        solver = Recoverer(
+            stack if len(used) == len(stack) else stack[used],
+            tuple(stored[i] for i in used),
+            estimate,
+            max(answer.ranks, default=0),
+            problem.hint,
+            problem.generator,
+        )
+        half = solver.recover()
+        if half is None:
+            return estimate, answer, None
+        certificate = Certificate.CERTIFIED if half.certified else Certificate.UNCERTIFIED
+        status = half.sentence
+        if len(used) == 2:
+            certificate = Certificate.TOO_FEW_MODELS
+            status = (
+                "Too few models: 2 distinct merges are explained as well by W + M_1 + M_2, rounded, and the updates "
+                "-M_2 and -M_1; at least 3 are needed. The vote of the models is returned."
+            )
+        if answer.outliers:
+            status = f"{status} Of another base and left out (models from 0): {', '.join(map(str, answer.outliers))}."
+        name = next(name for name, dtype in grids.GRIDS.items() if dtype == half.grid)
+        return half.weight, replace(answer, certificate=certificate, status=status, ranks=half.ranks, grid=name), half
 
     def _solve(self, problem: Problem) -> tuple[Tensor, Answer]:
         """Solve, detect the grid, refine where it pays, round: W (d, k), and the answer with the name of the grid."""

@@ -37,6 +37,12 @@ CLEAR_EDGE = 30.0
 # Gauss-Newton steps. The linear solution starts within rounding of the optimum, and the first step does nearly all.
 POLISH_STEPS = 2
 
+# Two directions are taken for the same when their cosine is this close to 1.
+SAME = 1e-5
+
+# Gauss-Newton steps at given ranks, from solutions that are farther off.
+FIT_STEPS = 4
+
 # Share of the objective below which what a Gauss-Newton step gained calls for no other. After a gain of three percent
 # the next was 5e-12; only where weak directions are nearly shared was the first gain, and the second, larger.
 SETTLED = 0.05
@@ -127,17 +133,18 @@ class Solution:
     energy: float
 
     @property
-    def edge(self) -> float:
-        """The smallest singular value within the ranks, over the cutoff it passed; infinite where all ranks are 0."""
-        return float(torch.where(self.heights > 1, self.heights, math.inf).min()) if self.heights.numel() else math.inf
+    def edges(self) -> Tensor:
+        """(n,): smallest singular value within each rank, over the cutoff it passed; infinite where the rank is 0."""
+        above = torch.where(self.heights > 1, self.heights, math.inf)
+        return above.amin(1) if above.numel() else above.new_full((above.shape[0],), math.inf)
 
     def exceeds(self, hint: int) -> bool:
         """Whether an update has clearly a larger rank than the one granted, not for what the noise may add."""
         return bool(((self.heights > CLEAR_EDGE).sum(1) > hint).any())
 
     def falls_short(self, hint: int) -> bool:
-        """Whether all updates have clearly a lower rank than the one granted, not for what the noise may hide."""
-        return max(self.tangents.ranks) < hint and self.edge > CLEAR_EDGE
+        """Whether all updates have a lower rank than the one granted, and one of them not for what noise may hide."""
+        return max(self.tangents.ranks) < hint and bool(((self.edges > CLEAR_EDGE) & self.edges.isfinite()).any())
 
     @property
     def size(self) -> tuple[int, int, float]:
@@ -204,47 +211,110 @@ def resolve(core: Core, x: Tensor) -> Solution:
     return Solution(x, tangents, values / core.cutoffs()[:, None], rest.amax(1), energy)
 
 
-def candidates(core: Core, hint: int | None) -> Iterator[tuple[Solution, bool]]:
-    """Solutions worth a comparison, and whether each keeps the ranks it was made with.
+@dataclass(frozen=True)
+class Proposal:
+    """Ranks that the updates may have, left and right: the directions (m, r_i) of each, best known."""
 
-    They differ in the ranks (counted in the pairs; at the largest gap of each intersection; the hint), and in the sides
-    used. Both sides is the rule. Where models share directions on one side, the intersections on the other side come
-    out too small and their equations are wrong; that side alone, or the other, then wins the comparison.
-    """
+    ranks: tuple[list[int], list[int]]
+    left: Tensor
+    right: Tensor
+
+    def solutions(self, core: Core) -> Iterator[Solution]:
+        """Solutions from both sides, and from one.
+
+        Both is the rule. Where models share directions on one side, the intersections on the other side come out too
+        small and their equations are wrong; that side alone, or the other, then wins the comparison.
+        """
+        for chosen in ((self.left, self.right), (self.left, None), (None, self.right)):
+            yield resolve(core, least_squares(core, *chosen))
+
+    def kept(self, solution: Solution) -> bool:
+        """Whether a solution has the ranks proposed."""
+        return list(solution.tangents.ranks) == self.ranks[0] == self.ranks[1]
+
+
+def proposals(core: Core, hint: int | None) -> list[Proposal]:
+    """Ranks counted in the pairs; at the largest gap of each intersection; the hint."""
     pairs = pair_spaces(core)
     sides = [[intersect(spaces, i, pairs.partners(i)) for i in range(pairs.n)] for spaces in (pairs.left, pairs.right)]
     gaps = [[rank_at_gap(shares) for _, shares in side] for side in sides]
     counted = ranks_from_pairs(pairs)
-    proposals = [(counted, counted), (gaps[0], gaps[1]), *([([hint] * pairs.n,) * 2] if hint else [])]
-    for ranks in proposals:
+    made = []
+    for ranks in [(counted, counted), (gaps[0], gaps[1]), *([([hint] * pairs.n,) * 2] if hint else [])]:
         left, right = (
             padded([directions[:, :rank] for (directions, _), rank in zip(side, side_ranks, strict=True)])
             for side, side_ranks in zip(sides, ranks, strict=True)
         )
-        for chosen in ((left, right), (left, None), (None, right)):
-            solution = resolve(core, least_squares(core, *chosen))
-            yield solution, list(solution.tangents.ranks) == ranks[0] == ranks[1]
+        made.append(Proposal(ranks, left, right))
+    return made
 
 
 def solve(core: Core, hint: int | None) -> Solution:
     """The simplest X that explains all models: smallest sum of ranks, then smallest residual.
 
-    The first candidate that keeps the rank it was made with is taken without trying others.
+    The first solution that keeps the ranks it was proposed for is taken without trying others. W'_i itself always
+    explains all models, its own update being nothing. Before an explanation of more ranks than were counted is
+    believed, the counted ones are fitted.
     """
     best: Solution | None = None
-    for solution, kept in candidates(core, hint):
-        if kept:
-            return solution
-        if best is None or solution.size < best.size:
-            best = solution
+    proposed = proposals(core, hint)
+    for proposal in proposed:
+        for solution in proposal.solutions(core):
+            if proposal.kept(solution):
+                return solution
+            if best is None or solution.size < best.size:
+                best = solution
     assert best is not None
+    counted = proposed[0].ranks[0]
+    if sum(best.tangents.ranks) > sum(counted):
+        best = min(best, *(fitted(core, start.x, counted) for start in proposed[0].solutions(core)), key=by_size)
     return best
 
 
-def solve_as_told(core: Core, hint: int) -> Solution | None:
-    """The simplest X for which no update exceeds the rank granted, if any is found."""
-    agreeing = (solution for solution, _ in candidates(core, hint) if not solution.exceeds(hint))
-    return min(agreeing, key=lambda solution: solution.size, default=None)
+def by_size(solution: Solution) -> tuple[int, int, float]:
+    """See `Solution.size`."""
+    return solution.size
+
+
+def fitted(core: Core, x: Tensor, ranks: list[int]) -> Solution:
+    """A solution from X with ranks held to these: Gauss-Newton on the residuals beyond them, whatever the noise."""
+    for _ in range(FIT_STEPS):
+        left, _, right = dense_svd(core.matrices - x)
+        columns, rows = (
+            padded([basis[:, :rank] for basis, rank in zip(side, ranks, strict=True)]) for side in (left, right)
+        )
+        tangents = Tangents(columns, rows, tuple(ranks), core.weights)
+        target = (core.weights * tangents.residuals(core.matrices - x)).sum(0)
+        x = x + conjugate_gradients(tangents, target.unsqueeze(0), tolerance=1e-6, iterations=60)[0]
+    return resolve(core, x)
+
+
+def solve_as_told(core: Core, solution: Solution, hint: int) -> Solution | None:
+    """From an X with updates of larger ranks than granted to one that agrees, None if that is not to be found.
+
+    If W + C was found for W, M_i - C has the directions of C too where M_i had none of them: C lies in the columns U
+    and the rows V that all updates of too large a rank share. With D one of these updates and C = -U K V^T,
+    rank(D - U K V^T) = rank(D) - rank(K) if and only if K = (V^T D^+ U)^-1. One such update leaves U and V open.
+    """
+    excess = [rank - hint for rank in solution.tangents.ranks]
+    larger = [i for i, size in enumerate(excess) if size > 0]
+    size = max(excess)
+    if len(larger) < 2 or any(excess[i] != size for i in larger):
+        return None
+    tangents = solution.tangents
+    sides = []
+    for bases in (tangents.left[larger], tangents.right[larger]):
+        shares, directions = torch.linalg.eigh((bases @ bases.mT).mean(0))
+        if not bool((shares[-size:] > 1 - SAME).all()):
+            return None
+        sides.append(directions[:, -size:])
+    left, right = sides  # (a, e), (b, e)
+    update = core.matrices[larger[0]] - solution.x
+    columns, values, rows = (part[..., : tangents.ranks[larger[0]]] for part in dense_svd(update))
+    inner = right.mT @ (rows / values) @ (columns.mT @ left)  # V^T D^+ U
+    if bool(torch.linalg.matrix_rank(inner) < size):
+        return None
+    return resolve(core, solution.x + left @ torch.linalg.solve(inner, right.mT))
 
 
 def without_shared(core: Core, tangents: Tangents) -> Core:

@@ -1,0 +1,226 @@
+"""The sweep: one pass over the data that decodes W, renews all sites, and gives the next fit its slope.
+
+What the other entries of its row and column say of M_ab, the entry itself left out (its cavity), is compared with the
+cells: which numbers of the grid does that leave for W? Where only one, W is known there, and each cell becomes a
+statement on M. With the entry's own evidence left in, every estimate would confirm itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowra.methods.subspace_intersection.half.boxes import score_and_curvature
+from lowra.methods.subspace_intersection.half.fit import Factors, Variances, pull, ridge
+from lowra.methods.subspace_intersection.half.held_out import Evidence, evidence
+from lowra.methods.subspace_intersection.half.lattice import REACH, Site, decode, settled
+from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites
+
+# A misfit up to this is chance.
+CHANCE = 1.1
+
+# Misfit of all models above which cells are decoded as normal errors: the updates are too uncertain to tell.
+ROUGH = 1.6
+
+# W counts as known for the updates' sites where its variance is below this share of a cell's square width.
+KNOWN = 0.03
+
+# The updates' deviation is taken to be at least this share of a cell.
+SHARPEST = 0.01
+
+# Least precision of a site, over that of its cell as a normal error.
+FAINTEST = 0.02
+
+# Largest precision of a site where W is known, over that where it is not.
+CEILING = 12
+
+# A site lies within so many half cells of the centre of its cell; the peak of the likelihood lies within one.
+FURTHEST = 4.0
+
+# Largest weight of a site for W, over the precision of the median cell.
+FIRM = 1e3
+
+# Factors of the updates' variances that held-out cells may ask for.
+LEAST_FACTOR, MOST_FACTOR = 1.0, 64.0
+
+# Probability from which a weight is called sure.
+SURE = 0.999
+
+
+@dataclass
+class Decoded:
+    """What a sweep found.
+
+    predicted: expected share of W on the bit. sure: share of weights known with probability `SURE`. square_error:
+    expected mean square of the error, in the units of the cells. slope: of the fit at the new sites, None after the last sweep. held: one record per block. weight (d, k) and chance (d, k) float16,
+    the likeliest numbers and their probability, are kept when asked for.
+    """
+
+    predicted: float = 0.0
+    sure: float = 0.0
+    square_error: float = 0.0
+    slope: Factors | None = None
+    evidence: Evidence = field(default_factory=lambda: Evidence((1.0,)))
+    weight: Tensor | None = None
+    chance: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A pass over a layer. misfit: chi of each model. variance_factor: of the updates' variance while decoding.
+
+    limit: largest precision of the sites made where W is not known.
+    """
+
+    cells: Cells
+    sites: Sites
+    factors: Factors
+    variances: Variances
+    misfit: tuple[float, ...]
+    limit: float
+    variance_factor: float = 1.0
+
+    def run(self, *, keep: bool = True, last: bool = False) -> Decoded:
+        """Decode, and renew the sites in place. keep: hand back the weights. last: leave the sites as they are."""
+        _, d, k = self.cells.stack.shape
+        found = Decoded(evidence=Evidence(self._tried()))
+        if keep:
+            found.weight = self.cells.stack.new_empty(d, k)
+            found.chance = self.cells.stack.new_empty(d, k, dtype=torch.float16)
+        by_left = [torch.zeros_like(left) for left in self.factors.left]
+        by_right = [torch.zeros_like(right) for right in self.factors.right]
+        for rows in self.cells.blocks():
+            self._block(rows, found, by_left, by_right, last)
+        found.predicted /= d * k
+        found.sure /= d * k
+        found.square_error /= d * k
+        if not last:
+            ridge(self.factors.sizes(), self.factors, by_left, by_right, -1.0)
+            found.slope = Factors(tuple(by_left), tuple(by_right))
+        return found
+
+    def _tried(self) -> tuple[float, ...]:
+        """Factors of the variances that held-out cells are predicted with: the one in use, others, and 1."""
+        here = self.variance_factor
+        return (here, *(other for other in (here / 2, here * 2) if LEAST_FACTOR <= other <= MOST_FACTOR), 1.0)
+
+    def _block(self, rows: slice, found: Decoded, by_left: list[Tensor], by_right: list[Tensor], last: bool) -> None:
+        cells, sites = self.cells, self.sites
+        centre, half = cells.read(rows)  # (n, rows, k)
+        precision, total = sites.read(rows)
+        update = self.factors.updates(rows, torch.empty_like(centre))
+        rest = torch.addcmul(centre, half, sites.offset[:, rows].float()).sub_(update)
+        weight = (precision * rest).sum(0).addcmul_(sites.weight[rows].float(), sites.centre[rows]).div_(total)
+        rest.sub_(weight).mul_(precision)  # the force of its own entry on each update
+        loose = self.variances.by_row[:, rows, None] + self.variances.by_column[:, None]  # without the entry itself
+        shift = rest.mul_(loose)
+        extra = cells.grid.spacing(update).square_().div_(12) if cells.twice else None
+        added = centre.new_tensor([max(0.0, chi - CHANCE) / MEDIAN for chi in self.misfit])[:, None, None]
+        if extra is not None:
+            added = extra + added
+        variance = (loose * self.variance_factor).add_(added)
+        # Where the linear solve has not converged, heavy entries are far from their place, and the formula explodes.
+        bound = variance.sqrt().mul_(REACH).add_(half)
+        target = torch.minimum(shift, bound, out=shift).maximum(bound.neg_()).add_(centre).sub_(update)  # of W
+        own = precision.div_(total).neg_().add_(1).mul_(sites.precision[:, rows])
+        if cells.held is not None:
+            evidence(cells, rows, target, half, loose, added, found.evidence)
+        mean, known, site_weight, site_centre = self._decode(rows, target, half, variance, found)
+        if last:
+            return
+        self._renew(rows, centre, half, update, variance, own, mean, known, extra)
+        sites.weight[rows] = site_weight
+        sites.centre[rows] = site_centre
+        precision, total = sites.read(rows)
+        rest = torch.addcmul(centre, half, sites.offset[:, rows].float()).sub_(update)
+        weight = (precision * rest).sum(0).addcmul_(sites.weight[rows].float(), site_centre).div_(total)
+        pull(rest.sub_(weight).mul_(precision), rows, self.factors, by_left, by_right)
+
+    def _decode(
+        self, rows: slice, target: Tensor, half: Tensor, variance: Tensor, found: Decoded
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Posterior mean of W, its variance, and its site: weight, centre; all (rows, k)."""
+        cells = self.cells
+        grid = cells.base
+        shape = target.shape[1:]
+        if grid is None:
+            precision = half.square().div_(3).add_(variance).reciprocal_()
+            total = precision.sum(0)
+            what = precision.mul_(target).sum(0).div_(total)
+            if found.weight is not None:
+                found.weight[rows] = what
+            return what, torch.full_like(what, math.inf), torch.zeros_like(what), what
+        near, clear = settled(grid, target, half, variance.sqrt())
+        limit = FIRM * MEDIAN
+        var, site_weight = torch.zeros_like(near), torch.full_like(near, limit)
+        open_ = (~clear).flatten().nonzero().squeeze(1)
+        share = None
+        mean, site_centre, best = near, near, near
+        if len(open_):
+            part: Site = decode(
+                grid,
+                *(values.flatten(1).index_select(1, open_) for values in (target, half, variance)),
+                limit,
+                normal=min(self.misfit) > ROUGH,
+            )
+            mean, site_centre = near.clone(), near.clone()
+            for out, values in (
+                (mean, part.mean),
+                (var, part.variance),
+                (site_weight, part.weight),
+                (site_centre, part.centre),
+            ):
+                out.view(-1).index_copy_(0, open_, values)
+            share = part.share
+            found.square_error += float(part.variance.addcmul(miss := part.mean - part.best, miss).sum())
+            if found.weight is not None:
+                best = near.view(-1).index_copy(0, open_, part.best).view(shape)
+        decided = near.numel() - len(open_)
+        found.predicted += decided + (float(share.sum()) if share is not None else 0.0)
+        found.sure += decided + (int((share > SURE).sum()) if share is not None else 0)
+        if found.weight is not None and found.chance is not None:
+            found.weight[rows] = best
+            found.chance[rows] = 1
+            if share is not None:
+                found.chance[rows].view(-1).index_copy_(0, open_, share.to(torch.float16))
+        return mean, var, site_weight, site_centre
+
+    def _renew(
+        self,
+        rows: slice,
+        centre: Tensor,
+        half: Tensor,
+        update: Tensor,
+        variance: Tensor,
+        own: Tensor,
+        mean: Tensor,
+        known: Tensor,
+        extra: Tensor | None,
+    ) -> None:
+        """New sites for the updates."""
+        sites = self.sites
+        square = half.square()  # a quarter of the cell's square width
+        spread = variance.div_(own.mul_(variance).add_(1))  # with the entry itself
+        if extra is not None:
+            spread.add_(extra)
+        usable = (known < 4 * KNOWN * square).logical_and_(spread < 2 * square)
+        spread = torch.maximum(spread, square * (4 * SHARPEST**2))
+        deviation = spread.sqrt()
+        base = update + mean
+        score, curvature = score_and_curvature((centre - base).div_(deviation), half / deviation)
+        inverse = square.reciprocal().mul_(3)  # of the cell's variance
+        precision = curvature.div_(spread)
+        precision = torch.maximum(precision, inverse * FAINTEST)
+        # The step is that of the true curvature: under a clipped one it would overshoot.
+        shift = score.div_(deviation).div_(precision)
+        known_ = usable.float()
+        raw = inverse.clamp_(max=self.limit)
+        if extra is not None:
+            precision = precision / (1 + precision * extra)
+            raw = raw / (1 + raw * extra)
+        sites.precision[:, rows] = raw.lerp_(precision.clamp_(max=CEILING * self.limit), known_)
+        offset = base.add_(shift).sub_(centre).div_(half).clamp_(-FURTHEST, FURTHEST)
+        sites.offset[:, rows] = offset.mul_(known_)

@@ -1,0 +1,339 @@
+"""Fit: one Gauss-Newton step in the factors of all updates at once, W eliminated.
+
+    F = sum_i P_i (x_i - W - L_i R_i^T)^2 + w (W - c)^2 + sum_j (d / S_ij) |L_ij|^2 + (k / S_ij) |R_ij|^2
+
+sums over entries implied, W = (sum_i P_i (x_i - L_i R_i^T) + w c) / (sum_i P_i + w). The ridge is the prior of factors
+whose columns have the size they were found with (automatic relevance determination): it shrinks what lies below the
+noise. Factors are kept balanced, L_i^T L_i = R_i^T R_i = diag S_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowra.methods.subspace_intersection.half.sites import MEDIAN, NARROWEST, Cells, Sites
+
+# A direction j of model i is kept while S_ij^2 theta_i / (d + k) exceeds this: half the smallest size at which the
+# ridge's own estimate of S_ij is stable.
+RELEVANT = 0.5
+
+# Newton steps for the effective variances: from nothing, and from those of the round before.
+COLD, WARM = 12, 3
+
+# Largest misfit of an entry in units of its cell's variance: a wrong start must not be judged by its worst entries.
+MOST = 100.0
+
+# Steps tried along the Gauss-Newton direction.
+LENGTHS = (1.0, 1 / 3, 1 / 9, 1 / 27, 1 / 81)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """L_i (d, r_i) and R_i (k, r_i) of each model; or changes of them."""
+
+    left: tuple[Tensor, ...]
+    right: tuple[Tensor, ...]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of each model."""
+        return tuple(left.shape[1] for left in self.left)
+
+    def sizes(self) -> list[Tensor]:
+        """S_i (r_i,) of balanced factors."""
+        return [left.square().sum(0).clamp_(min=1e-30) for left in self.left]
+
+    def moved(self, change: Factors, length: float) -> Factors:
+        """These, plus so many times a change."""
+        left, right = (
+            tuple(torch.add(a, b, alpha=length) for a, b in zip(here, there, strict=True))
+            for here, there in ((self.left, change.left), (self.right, change.right))
+        )
+        return Factors(left, right)
+
+    def dot(self, other: Factors) -> float:
+        """Sum of products."""
+        pairs = zip((*self.left, *self.right), (*other.left, *other.right), strict=True)
+        return sum(float(torch.dot(a.flatten(), b.flatten())) for a, b in pairs)
+
+    def updates(self, rows: slice | Tensor, out: Tensor | None = None) -> Tensor:
+        """M_i = L_i R_i^T of some rows: (n, rows, k)."""
+        parts = [left[rows] for left in self.left]
+        if out is None:
+            out = parts[0].new_empty(len(parts), parts[0].shape[0], self.right[0].shape[0])
+        for update, left, right in zip(out, parts, self.right, strict=True):
+            torch.mm(left, right.mT, out=update)
+        return out
+
+    def balanced(self) -> Factors:
+        """The same updates with L_i^T L_i = R_i^T R_i diagonal, largest first."""
+        pairs = [balanced_pair(left, right) for left, right in zip(self.left, self.right, strict=True)]
+        return Factors(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
+
+
+def balanced_pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """One pair of factors in balanced form."""
+    (ql, rl), (qr, rr) = torch.linalg.qr(left), torch.linalg.qr(right)
+    u, s, vh = torch.linalg.svd(rl @ rr.mT)
+    root = s.sqrt()
+    return ql @ (u * root), qr @ (vh.mT * root)
+
+
+# ---- Effective variances --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Variances:
+    """Effective variance of each row's and column's unknowns: by_row (n, d), by_column (n, k)."""
+
+    by_row: Tensor
+    by_column: Tensor
+
+    def precision(self, ranks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Effective precision of an entry, by row (d,) and by column (k,), for each model."""
+        d, k = self.by_row.shape[1], self.by_column.shape[1]
+        return [(r / (k * a), r / (d * b)) for r, a, b in zip(ranks, self.by_row, self.by_column, strict=True)]
+
+
+def effective_variances(sites: Sites, ranks: Sequence[int], before: Variances | None) -> Variances:
+    """Variances v with  sum_b own_ab v_a / (1 + own_ab v_a) = r  for each row a, and alike for columns.
+
+    own = P (1 - P / total) is what an entry says of its own update, W following by a share. The leverages of a row add
+    up to its number of unknowns: where all precisions are equal v = r / (k own), the variance of a row's fit. Rows are
+    weighed by some of the columns and columns by some of the rows.
+    """
+    n, d, k = sites.precision.shape
+    rank = max(ranks)
+    across, down = (max(1, size // max(256, 8 * rank)) for size in (k, d))
+    step = max(1, 2**18 // (n * (k // across)))
+    rows = torch.cat(
+        [
+            solved(
+                sites,
+                (slice(s, s + step), slice(None, None, across)),
+                ranks,
+                2,
+                before and before.by_row[:, s : s + step],
+                k,
+            )
+            for s in range(0, d, step)
+        ],
+        1,
+    )
+    step = max(1, 2**18 // (n * (d // down)))
+    columns = torch.cat(
+        [
+            solved(
+                sites,
+                (slice(None, None, down), slice(s, s + step)),
+                ranks,
+                1,
+                before and before.by_column[:, s : s + step],
+                d,
+            )
+            for s in range(0, k, step)
+        ],
+        1,
+    )
+    return Variances(rows, columns)
+
+
+def solved(
+    sites: Sites, part: tuple[slice, slice], ranks: Sequence[int], along: int, start: Tensor | None, size: int
+) -> Tensor:
+    """The variances (n, lines) of some lines, `along` the dimension that is summed, `size` its whole length."""
+    precision = sites.precision[(slice(None), *part)].float()
+    total = precision.sum(0).add_(sites.weight[part])
+    own = precision.mul_(1 - precision / total).clamp_(min=1e-12)  # (n, rows, columns)
+    target = own.new_tensor(ranks)[:, None] * (own.shape[along] / size)  # (n, 1)
+    variance = target / own.sum(along) if start is None else start
+    for _ in range(COLD if start is None else WARM):
+        gain = own * variance.unsqueeze(along)
+        share = gain / (1 + gain)
+        slope = share.div(gain.add_(1)).sum(along)
+        excess = share.sum(along) - target
+        variance = variance * (excess / -slope).clamp_(-2, 2).exp_()
+    return variance
+
+
+# ---- The step -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """The Gauss-Newton model of F around some factors.
+
+    only: "left" or "right" where the factors of the other side stay. sizes: S_i, of balanced factors by default.
+    """
+
+    cells: Cells
+    sites: Sites
+    factors: Factors
+    only: str = "both"
+    sizes: list[Tensor] | None = None
+
+    def product(self, change: Factors) -> Factors:
+        """The Gauss-Newton matrix times a change."""
+        n, d, k = self.sites.precision.shape
+        here = self.factors
+        lefts = [self._joined(a, b, first=True) for a, b in zip(change.left, here.left, strict=True)]
+        rights = [self._joined(a, b, first=False) for a, b in zip(here.right, change.right, strict=True)]
+        by_left = [torch.zeros_like(left) for left in here.left]
+        by_right = [torch.zeros_like(right) for right in here.right]
+        for rows in self.cells.blocks():
+            precision, total = self.sites.read(rows)
+            tangent = torch.empty_like(precision)
+            for out, left, right in zip(tangent, lefts, rights, strict=True):
+                torch.mm(left[rows], right.mT, out=out)
+            mean = (precision * tangent).sum(0).div_(total)
+            pull(tangent.sub_(mean).mul_(precision), rows, here, by_left, by_right, self.only)
+        ridge(self.sizes or here.sizes(), change, by_left, by_right, 1.0)
+        return self._masked(by_left, by_right)
+
+    def _joined(self, first_part: Tensor, second_part: Tensor, *, first: bool) -> Tensor:
+        """The two factors of  dL R^T + L dR^T  side by side, or of one of the terms."""
+        if self.only == "both":
+            return torch.cat([first_part, second_part], 1)
+        return first_part if self.only == "left" else second_part
+
+    def _masked(self, left: list[Tensor], right: list[Tensor]) -> Factors:
+        if self.only == "left":
+            right = [part.zero_() for part in right]
+        if self.only == "right":
+            left = [part.zero_() for part in left]
+        return Factors(tuple(left), tuple(right))
+
+    def step(self, slope: Factors, variances: Variances, iterations: int, tolerance: float) -> Factors:
+        """The change that minimises the model, by preconditioned conjugate gradients.
+
+        In balanced factors the block of a row a is about theta_a diag S + d / S, theta_a the effective precision.
+        """
+        d, k = self.sites.precision.shape[1:]
+        slope = self._masked(list(slope.left), list(slope.right))
+        scales = [
+            (theta_a[:, None] * s + d / s, theta_b[:, None] * s + k / s)
+            for s, (theta_a, theta_b) in zip(
+                self.sizes or self.factors.sizes(), variances.precision(self.factors.ranks), strict=True
+            )
+        ]
+
+        def precondition(rest: Factors) -> Factors:
+            return Factors(
+                tuple(part / scale[0] for part, scale in zip(rest.left, scales, strict=True)),
+                tuple(part / scale[1] for part, scale in zip(rest.right, scales, strict=True)),
+            )
+
+        rest = slope
+        direction = precondition(rest)
+        size = first = rest.dot(direction)
+        change = direction.moved(direction, -1.0)
+        for _ in range(iterations):
+            if not size > tolerance**2 * first:
+                break
+            image = self.product(direction)
+            length = size / direction.dot(image)
+            change = change.moved(direction, length)
+            rest = rest.moved(image, -length)
+            step = precondition(rest)
+            before, size = size, rest.dot(step)
+            direction = step.moved(direction, size / before)
+        return change
+
+
+def pull(
+    force: Tensor, rows: slice, factors: Factors, by_left: list[Tensor], by_right: list[Tensor], only: str = "both"
+) -> None:
+    """Add what a force (n, rows, k) on the updates is on their factors."""
+    for f, left, right, out, total in zip(force, factors.left, factors.right, by_left, by_right, strict=True):
+        if only != "right":
+            torch.mm(f, right, out=out[rows])
+        if only != "left":
+            total.addmm_(f.mT, left[rows])
+
+
+def ridge(sizes: list[Tensor], factors: Factors, by_left: list[Tensor], by_right: list[Tensor], sign: float) -> None:
+    """Add the ridge's share."""
+    d, k = by_left[0].shape[0], by_right[0].shape[0]
+    for s, left, right, out_left, out_right in zip(sizes, factors.left, factors.right, by_left, by_right, strict=True):
+        out_left.addcmul_(left, d / s, value=sign)
+        out_right.addcmul_(right, k / s, value=sign)
+
+
+def slope(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor] | None = None) -> Factors:
+    """Minus half the gradient of F in the factors. sizes: S_i, of balanced factors by default."""
+    by_left = [torch.zeros_like(left) for left in factors.left]
+    by_right = [torch.zeros_like(right) for right in factors.right]
+    for rows in cells.blocks():
+        centre, half = cells.read(rows)
+        precision, total = sites.read(rows)
+        rest = half.mul_(sites.offset[:, rows]).add_(centre).sub_(factors.updates(rows, centre.new_empty(centre.shape)))
+        weight = (precision * rest).sum(0).add_(sites.weight[rows] * sites.centre[rows]).div_(total)
+        pull(rest.sub_(weight).mul_(precision), rows, factors, by_left, by_right)
+    ridge(sizes or factors.sizes(), factors, by_left, by_right, -1.0)
+    return Factors(tuple(by_left), tuple(by_right))
+
+
+# ---- The probe ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Probe:
+    """F at some factors, from some of the rows, and the misfit chi of each model: 1 where cells explain all."""
+
+    objective: float
+    misfit: tuple[float, ...]
+
+
+def probe(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor], narrowest: float) -> Probe:
+    """Look at every few rows. narrowest: precision up to which a cell's misfit counts."""
+    n, d, k = cells.stack.shape
+    stride = max(1, min(8, d // 256))
+    step = max(1, 2**18 // (n * k)) * stride
+    squares = torch.zeros(n, dtype=torch.float64)
+    objective, free, count = 0.0, 0.0, 0
+    for start in range(0, d, step):
+        rows = slice(start, min(start + step, d), stride)
+        picked = torch.arange(rows.start, rows.stop, stride, device=cells.stack.device)
+        centre, half = cells.grid.cell(cells.stack[:, rows] * cells.scale)
+        half.clamp_(min=NARROWEST)
+        precision, total = sites.read(rows)
+        update = factors.updates(picked)
+        x = torch.addcmul(centre, half, sites.offset[:, rows].float())
+        w, c = sites.weight[rows].float(), sites.centre[rows]
+        rest = x.sub_(update)
+        weight = (precision * rest).sum(0).addcmul_(w, c).div_(total)
+        rest.sub_(weight)
+        objective += float((rest.square_().mul_(precision)).sum()) + float((weight - c).square_().mul_(w).sum())
+        misfit = centre.sub_(update).sub_(weight).square_()
+        variance = half.square_().div_(3)
+        if cells.twice:
+            variance.add_(cells.grid.spacing(update).square_().div_(12))
+        misfit.mul_(variance.reciprocal_().clamp_(max=narrowest)).clamp_(max=MOST)
+        # A held-out cell has next to no precision, and no misfit.
+        squares += misfit.mul_(precision > MEDIAN / 1e6).sum((1, 2)).double().cpu()
+        free += float((w > 0.5 * (total - w)).sum())
+        count += w.numel()
+    objective *= d * k / count
+    for s, left, right in zip(sizes, factors.left, factors.right, strict=True):
+        objective += float((left.square().sum(0) * (d / s)).sum() + (right.square().sum(0) * (k / s)).sum())
+    factor = n / (n - 1 + free / count)
+    return Probe(objective, tuple((squares / count * factor).tolist()))
+
+
+def pruned(factors: Factors, variances: Variances) -> Factors:
+    """Balanced factors without the directions below the noise; at least one is kept."""
+    d, k = factors.left[0].shape[0], factors.right[0].shape[0]
+    lefts, rights = [], []
+    for left, right, s, (by_row, by_column) in zip(
+        factors.left, factors.right, factors.sizes(), variances.precision(factors.ranks), strict=True
+    ):
+        theta = 0.5 * float(by_row.mean() + by_column.mean())
+        keep = (s.square() * theta / (d + k) > RELEVANT).nonzero().squeeze(1)
+        keep = keep if len(keep) else keep.new_zeros(1)
+        lefts.append(left[:, keep].contiguous())
+        rights.append(right[:, keep].contiguous())
+    return Factors(tuple(lefts), tuple(rights))

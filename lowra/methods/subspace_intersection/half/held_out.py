@@ -1,0 +1,136 @@
+"""Held-out cells: how well does the fit predict stored numbers it has not seen?
+
+For each cell left out, the other models give a posterior of W there; with the update of its own model that predicts
+the stored number. The mean log probability compares starts. What it falls short of its own expectation tells a wrong
+explanation from a right one: an explanation that fits the cells it was made from, and is false, is surprised by others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowra.methods.subspace_intersection.half.boxes import ROOT_HALF
+from lowra.methods.subspace_intersection.half.cells import Grid, grid_of
+from lowra.methods.subspace_intersection.half.lattice import WIDE, around, log_posterior
+from lowra.methods.subspace_intersection.half.sites import Cells
+
+# Numbers of the grid of W on each side, and stored numbers on each side, that predictions run over.
+SIDES_BASE, SIDES_STORED = 4, 6
+
+# Nats that make another variance clearly better.
+CLEARLY = 0.002
+
+# Least log probability of a held-out number; one wild entry is not to decide.
+LEAST = -20.0
+
+
+@dataclass
+class Evidence:
+    """Log probabilities of the held-out numbers, and what the predictions expected them to be, under some variances.
+
+    factors: of the updates' variances: 1, and some around the one in use. Rows of `actual` and `expected` (f, q).
+    """
+
+    factors: tuple[float, ...]
+    actual: list[Tensor] = field(default_factory=list)
+    expected: list[Tensor] = field(default_factory=list)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Means over the held-out cells under each factor, (f,)."""
+        if not self.actual:
+            zero = torch.zeros(len(self.factors), dtype=torch.float64)
+            return zero, zero
+        return torch.cat(self.actual, 1).double().mean(1), torch.cat(self.expected, 1).double().mean(1)
+
+    @property
+    def best(self) -> int:
+        """Which factor predicts the held-out cells best; the first one, which is in use, unless another is clearly better."""
+        actual, _ = self.means()
+        index = int(actual.argmax())
+        return index if float(actual[index] - actual[0]) > CLEARLY else 0
+
+    @property
+    def likelihood(self) -> float:
+        """Mean log probability of a held-out number, in nats, under the best factor."""
+        return float(self.means()[0].max())
+
+    @property
+    def deviation(self) -> float:
+        """Under factor 1, the same less its expectation: near 0 for a right explanation, negative for a wrong one."""
+        actual, expected = self.means()
+        return float(actual[-1] - expected[-1])
+
+    @property
+    def calibrated_deviation(self) -> float:
+        """The same under the best factor."""
+        actual, expected = self.means()
+        return float((actual - expected)[self.best])
+
+
+def evidence(
+    cells: Cells, rows: slice, target: Tensor, half: Tensor, variance: Tensor, rest: Tensor, found: Evidence
+) -> None:
+    """Add the held-out cells in some rows.
+
+    target, half, variance: (n, rows, k), cells of W'_i - M_i and variance of M_i, the held-out ones widened. rest: what
+    is added to the variance whatever the factor, (n, 1, 1) or (n, rows, k).
+    """
+    assert cells.held is not None
+    part = cells.held.within(rows)
+    model, row, column = (values[part] for values in (cells.held.model, cells.held.row, cells.held.column))
+    if not len(model):
+        return
+    stored = cells.stack[model, row, column] * cells.scale  # (q,)
+    local = row - rows.start
+    centre, widths, spreads, rests = (
+        values.expand_as(half)[:, local, column] for values in (target, half, variance, rest)
+    )  # (n, q)
+    grids = [grid_of(dtype, cells.scale) for dtype in cells.dtypes]
+    own = Grid(stored.new_tensor([g.eps for g in grids])[model], stored.new_tensor([g.tiny for g in grids])[model])
+    factors = centre.new_tensor(found.factors)[:, None, None]
+    actual, expected = predicted(cells.base, own, stored, model, centre, widths, spreads * factors + rests)
+    found.actual.append(actual)
+    found.expected.append(expected)
+
+
+def predicted(
+    base: Grid | None, own: Grid, stored: Tensor, model: Tensor, centre: Tensor, widths: Tensor, spreads: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log probability of stored numbers (q,) of some models, and its expectation, (f, q) each.
+
+    centre, widths: (n, q) what all models say there; spreads: (f, n, q) variances of the updates, in several versions,
+    of which the first decides where to look.
+    """
+    q = torch.arange(len(model), device=model.device)
+    # The own model's target is the centre of its cell less its update.
+    update = own.cell(stored)[0] - centre[model, q]
+    spread = spreads[:, model, q]  # (f, q)
+    precision = 1 / (widths.square() / 3 + spreads)
+    total = precision.sum(1)  # (f, q)
+    what = (precision * centre).sum(1) / total
+    seen = around(own, what[0] + update, SIDES_STORED)  # (s, q)
+    edges_centre, edges_half = own.cell(torch.cat([seen, stored[None]]))  # (s + 1, q)
+    middle = edges_centre - (what + update)[:, None]
+    probability = mass(middle, edges_half, (spread + 1 / total).sqrt()[:, None])  # (f, s + 1, q)
+    if base is not None:
+        broad = 1 / total > (WIDE * base.spacing(what)) ** 2
+        candidates = around(base, what[0], SIDES_BASE)  # (g, q)
+        logs = log_posterior(candidates[:, None], centre, widths, spreads.sqrt().transpose(0, 1))  # (g, f, q)
+        chances = torch.softmax(logs, 0)
+        narrow = torch.zeros_like(probability)
+        deviation = spread.sqrt()[:, None]
+        for candidate, chance in zip(candidates, chances, strict=True):
+            narrow.addcmul_(chance[:, None], mass(edges_centre - candidate - update, edges_half, deviation))
+        probability = torch.where(broad[:, None], probability, narrow)
+    logs = probability.clamp_(min=1e-30).log()
+    expected = (probability[:, :-1] * logs[:, :-1]).sum(1)
+    return logs[:, -1].clamp(min=LEAST), expected
+
+
+def mass(distance: Tensor, half: Tensor, deviation: Tensor) -> Tensor:
+    """Probability of cells at a distance from the mean of a normal distribution."""
+    t, h = distance.abs() / deviation, half / deviation
+    return (torch.erfc((t - h) * ROOT_HALF) - torch.erfc((t + h) * ROOT_HALF)).mul_(0.5)

@@ -1,0 +1,293 @@
+"""From a stack in half precision to an answer: starts, the choice among them, the certificate, the fallbacks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lowra.methods.subspace_intersection.half import levels
+from lowra.methods.subspace_intersection.half.cavity import SURE, Decoded, Sweep
+from lowra.methods.subspace_intersection.half.cells import format_of, grid_of
+from lowra.methods.subspace_intersection.half.fit import Factors, Variances
+from lowra.methods.subspace_intersection.half.rounds import FROM_AFAR, FROM_NEARBY, MOST, SLACK, Run, converge
+from lowra.methods.subspace_intersection.half.signal import update_sizes
+from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, hold_out, plain_sites, unit
+from lowra.methods.subspace_intersection.half.start import factored, vote
+
+# Ranks that nobody tells are over-estimated: at least this, and this many times what the closed form counts.
+RANK, OVER = 32, 1.5
+
+# Rank that parts of a layer are sized for, at least.
+LIKELY = 12
+
+# A certificate needs three models, a misfit and a deviation of the held-out cells as these; and the variances must not
+# have been far off before the held-out cells calibrated them.
+MODELS, MISFIT, DEVIATION, OVERCONFIDENCE = 3, 1.1, -0.05, -0.15
+
+# Updates below this many cells, in root mean square, are fitted from the vote at the full clip: only the smallest
+# weights show them. And the vote is tried at all up to the second.
+FAINT, VOTE = 0.35, 1.5
+
+# Nats by which the held-out cells must prefer a base on no grid.
+OFF_GRID = 0.02
+
+# Share of the sure weights that lie on bfloat16's grid, in float16 merges, from which W is taken to be bfloat16.
+COARSER = 0.6
+
+# Predicted share above which an answer that is certified is not compared with the vote.
+EASY = 0.97
+
+# Rounds of a start that is a last resort.
+LAST_RESORT = 10
+
+AT_ONCE = (1000.0,)
+FINISH = (30.0, 300.0, 1000.0)
+
+
+@dataclass(frozen=True)
+class HalfAnswer:
+    """What the cells say of W.
+
+    weight: (d, k) float32, the likeliest numbers. chance: (d, k) float16, their probabilities. predicted: expected
+    share of them that is right on the bit. sure: share with a chance of at least `SURE`. w_error: log10
+    of the expected mean square error. misfit: the largest chi of a
+    model. likelihood: mean log probability of a held-out cell, deviation: less its expectation,
+    overconfidence: the same had the held-out cells not calibrated the updates' variances. start: name of the
+    start. grid: name of W's. certified: as the module says. settled: the rounds came to rest.
+    """
+
+    weight: Tensor
+    chance: Tensor
+    predicted: float
+    sure: float
+    w_error: float
+    misfit: float
+    likelihood: float
+    deviation: float
+    overconfidence: float
+    ranks: tuple[int, ...]
+    start: str
+    grid: torch.dtype
+    rounds: int
+    certified: bool
+    tried: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sentence(self) -> str:
+        """How far it can be trusted."""
+        share = f"{self.predicted:.2%} of the weights are expected to be exact, {self.sure:.2%} are sure"
+        if self.certified:
+            return f"Certified by held-out cells: {share}."
+        if self.start == "vote":
+            return (
+                "Not certified: no updates of low rank were found that predict stored numbers held out; what most "
+                f"models store is returned. {share[0].upper()}{share[1:]}."
+            )
+        if self.misfit > MISFIT:
+            why = f"leaves a misfit of {self.misfit:.2f} times the rounding"
+        elif self.deviation < DEVIATION:
+            why = f"predicts stored numbers held out worse than it should, by {-self.deviation:.2f} nats"
+        else:
+            why = (
+                f"fits the numbers it was made from much better than numbers held out ({-self.overconfidence:.2f} nats)"
+            )
+        return f"Not certified: the best explanation found {why}. If it is right: {share}."
+
+
+def certifiable(run: Run, models: int) -> bool:
+    """Whether an explanation predicts what it has not seen as well as it says it would."""
+    evidence = run.decoded.evidence
+    return (
+        models >= MODELS
+        and max(run.misfit) <= MISFIT
+        and evidence.calibrated_deviation >= DEVIATION
+        and evidence.deviation >= OVERCONFIDENCE
+    )
+
+
+def formats(stack: Tensor) -> tuple[torch.dtype, ...] | None:
+    """The half-precision format of each model (n, d, k), None where one has numbers that lie on neither grid."""
+    found = [format_of(weight) for weight in stack]
+    return None if None in found else tuple(dtype for dtype in found if dtype is not None)
+
+
+@dataclass(frozen=True)
+class Recoverer:
+    """One layer, its starts and its choices.
+
+    estimate: the closed form's W (d, k), None where it found no update. counted: the largest rank it found. hint: rank
+    where it was granted.
+    """
+
+    stack: Tensor
+    dtypes: tuple[torch.dtype, ...]
+    estimate: Tensor | None
+    counted: int
+    hint: int | None
+    generator: torch.Generator
+
+    def recover(self) -> HalfAnswer | None:
+        """The answer, None where the base weight lies on no half-precision grid."""
+        n, d, k = self.stack.shape
+        scale = unit(self.stack, self.dtypes)
+        base = torch.float16 if torch.bfloat16 not in self.dtypes else torch.bfloat16
+        whole = Cells(self.stack, self.dtypes, scale, grid_of(base, scale), hold_out(self.stack, self.generator))
+        tried: dict[str, float] = {}
+        if n < MODELS:
+            alone = self._unfitted(whole)
+            assert alone.chance is not None
+            # Two models share explanations that no probability within one of them knows of: nothing is sure.
+            alone.chance.clamp_(max=0.99)
+            alone.sure = 0.0
+            return self._answer(alone, "vote", base, scale, tried)
+        part = levels.choose_part((d, k), self.hint or max(self.counted, LIKELY), self.generator, self.stack.device)
+        cells, estimate = whole, self.estimate
+        if part is not None:
+            stack = part.of(self.stack)
+            cells = replace(whole, stack=stack, held=hold_out(stack, self.generator))
+            estimate = None if estimate is None else part.of(estimate)
+        name, run = self._chosen(cells, estimate, tried)
+        if max(run.misfit) > MISFIT:
+            other = replace(cells, twice=True)
+            again, rerun = self._chosen(other, estimate, tried, " of updates rounded before")
+            if rerun.likelihood > run.likelihood + SLACK:
+                name, run, cells = again, rerun, other
+        if base == torch.float16:
+            cells, run, base = self._coarser(cells, run)
+        if not certifiable(run, n) and self._off_grid(cells, run):
+            return None
+        if part is not None:
+            whole = replace(whole, base=cells.base, twice=cells.twice)
+            factors = levels.extended(whole, part, run.factors, self.generator)
+            if self.hint is None or min(factors.ranks) < self.hint:
+                more = 8 + max(factors.ranks) // 4 if self.hint is None else self.hint - min(factors.ranks)
+                factors = levels.extra_directions(whole, factors, more, self.generator)
+            good = max(run.misfit) <= MISFIT
+            run = converge(
+                whole, factors, FINISH if good else FROM_NEARBY, most=len(FINISH) + 1 if good else MOST, good=good
+            )
+        decoded, certified = run.decoded, certifiable(run, n)
+        if not certified or decoded.predicted < EASY:
+            alone = self._unfitted(whole)
+            if alone.predicted > decoded.predicted or alone.evidence.likelihood > run.likelihood:
+                return self._answer(alone, "vote", base, scale, tried)
+        return self._answer(decoded, name, base, scale, tried, run, certified=certified)
+
+    def _answer(
+        self,
+        decoded: Decoded,
+        name: str,
+        base: torch.dtype,
+        scale: float,
+        tried: dict[str, float],
+        run: Run | None = None,
+        *,
+        certified: bool = False,
+    ) -> HalfAnswer:
+        assert decoded.weight is not None and decoded.chance is not None
+        return HalfAnswer(
+            weight=decoded.weight.div_(scale),
+            chance=decoded.chance,
+            predicted=decoded.predicted,
+            sure=decoded.sure,
+            w_error=math.log10(max(decoded.square_error, 1e-300)) - 2 * math.log10(scale),
+            misfit=max(run.misfit) if run else 0.0,
+            likelihood=decoded.evidence.likelihood,
+            deviation=decoded.evidence.calibrated_deviation,
+            overconfidence=decoded.evidence.deviation,
+            ranks=run.factors.ranks if run else (),
+            start=name,
+            grid=base,
+            rounds=run.rounds if run else 0,
+            certified=certified,
+            tried=tried,
+        )
+
+    def _chosen(
+        self, cells: Cells, estimate: Tensor | None, tried: dict[str, float], label: str = ""
+    ) -> tuple[str, Run]:
+        """The start whose rounds predict the held-out cells best."""
+        best: tuple[str, Run] | None = None
+        n = len(cells.stack)
+        sizes = update_sizes(cells).sort().values
+        faint = float(sizes[min(1, n - 1)]) / cell_size(cells)  # the two smallest updates decide a vote
+        for name, weight, rank, clips, last_resort in self._starts(cells, estimate, faint):
+            if best is not None and (last_resort or faint > FAINT) and certifiable(best[1], n):
+                continue
+            factors = factored(cells.stack * cells.scale, weight * cells.scale, [rank] * n, self.generator)
+            run = converge(cells, factors, clips, most=LAST_RESORT if last_resort else MOST)
+            tried[name + label] = run.likelihood
+            if best is None or run.likelihood > best[1].likelihood:
+                best = name + label, run
+        assert best is not None
+        return best
+
+    def _starts(
+        self, cells: Cells, estimate: Tensor | None, faint: float
+    ) -> Iterator[tuple[str, Tensor, int, tuple[float, ...], bool]]:
+        """Name, estimate, rank and clips of each start, in the order of trying; whether it is a last resort."""
+        room = max(1, min(cells.stack.shape[1:]) // 4)
+        counted = math.ceil(OVER * self.counted) + 4
+        rank = min(room, self.hint if self.hint is not None else max(RANK, counted))
+        if estimate is not None:
+            yield (
+                "closed form",
+                estimate,
+                min(room, self.hint if self.hint is not None else counted),
+                FROM_NEARBY,
+                False,
+            )
+        if faint < VOTE or estimate is None:
+            yield "vote", vote(cells.stack), rank, AT_ONCE if faint < FAINT else FROM_AFAR, False
+        if estimate is not None:
+            yield "closed form, all weights at once", estimate, rank, AT_ONCE, True
+        if faint < VOTE:
+            yield "vote, again", vote(cells.stack), rank, FROM_AFAR if faint < FAINT else AT_ONCE, True
+
+    def _coarser(self, cells: Cells, run: Run) -> tuple[Cells, Run, torch.dtype]:
+        """W on bfloat16's grid rather than float16's, where its sure weights all but lie there."""
+        assert run.decoded.weight is not None and run.decoded.chance is not None
+        sure = run.decoded.weight[run.decoded.chance > SURE]
+        coarse = grid_of(torch.bfloat16, cells.scale)
+        if len(sure) and float((coarse.nearest(sure) == sure).float().mean()) > COARSER:
+            other = replace(cells, base=coarse)
+            again = converge(other, run.factors, FROM_NEARBY)
+            if again.likelihood > run.likelihood:
+                return other, again, torch.bfloat16
+        return cells, run, torch.float16
+
+    def _unfitted(self, cells: Cells) -> Decoded:
+        """The vote, with what is to be expected of it where of the updates only their sizes are known.
+
+        The most that can be had where no explanation by updates of low rank predicts what it has not seen.
+        """
+        assert cells.base is not None
+        n, d, k = cells.stack.shape
+        new = cells.stack.new_zeros
+        nothing = Factors(tuple(new(d, 0) for _ in range(n)), tuple(new(k, 0) for _ in range(n)))
+        variance = update_sizes(cells).to(cells.stack).square()[:, None] / 2
+        variances = Variances(variance.expand(n, d), variance.expand(n, k))
+        sites = plain_sites(cells, MEDIAN * 1e-6)
+        decoded = Sweep(cells, sites, nothing, variances, (0.0,) * n, MEDIAN).run(last=True)
+        assert decoded.weight is not None and decoded.chance is not None
+        voted = cells.base.nearest(vote(cells.stack) * cells.scale)
+        # Where the posterior prefers another number, the vote's has at most what is left.
+        torch.where(voted == decoded.weight, decoded.chance, decoded.chance.neg().add_(1), out=decoded.chance)
+        decoded.weight = voted
+        return decoded
+
+    def _off_grid(self, cells: Cells, run: Run) -> bool:
+        """Whether the held-out cells are predicted better without any grid for W."""
+        free = converge(replace(cells, base=None), run.factors, FROM_NEARBY, most=6)
+        return free.likelihood > run.likelihood + OFF_GRID
+
+
+def cell_size(cells: Cells) -> float:
+    """Root mean square of the width of a cell."""
+    rows = slice(0, cells.stack.shape[1], max(1, cells.stack.shape[1] // 256))
+    half = cells.grid.cell(cells.stack[:, rows] * cells.scale)[1]
+    return 2 * float(half.double().square().mean().sqrt())

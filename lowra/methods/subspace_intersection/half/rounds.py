@@ -1,0 +1,134 @@
+"""Rounds: fit and decode in turn until nothing moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lowra.methods.subspace_intersection.half.cavity import Decoded, Sweep
+from lowra.methods.subspace_intersection.half.fit import (
+    LENGTHS,
+    Factors,
+    Quadratic,
+    Variances,
+    effective_variances,
+    probe,
+    pruned,
+    slope,
+)
+from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites, plain_sites
+
+# Largest precision of a site, over that of the median cell, round by round; the last holds from there on. A low one
+# makes the fit well conditioned while the start is poor.
+FROM_AFAR = (3.0, 3.0, 10.0, 10.0, 30.0, 30.0, 100.0, 300.0, 1000.0)
+FROM_NEARBY = (30.0, 100.0, 300.0, 1000.0)
+
+# Conjugate gradient iterations of a step, and the relative residual that ends them.
+ITERATIONS, TOLERANCE = 15, 0.05
+
+# Rounds end when the predicted share and the misfit moved by less than this twice.
+STILL = 1e-3
+
+# Rounds at most.
+MOST = 16
+
+# Directions are pruned once the clip is at least this share of the last one: below it, small weights cannot yet speak
+# for the directions that only they see.
+PRUNE_FROM = 0.25
+
+# Nats by which the held-out cells must prefer an earlier round to a later one.
+SLACK = 0.01
+
+
+@dataclass
+class Run:
+    """The round whose held-out cells were predicted best. misfit: chi of each model. rounds: how many there were.
+
+    settled: nothing moved at the end. trace: (predicted, misfit, held-out likelihood) of every round.
+    """
+
+    factors: Factors
+    misfit: tuple[float, ...]
+    decoded: Decoded
+    rounds: int
+    settled: bool
+    trace: list[tuple[float, float, float]] = field(default_factory=list)
+
+    @property
+    def likelihood(self) -> float:
+        """Mean log probability of the held-out cells."""
+        return self.decoded.evidence.likelihood
+
+    @property
+    def deviation(self) -> float:
+        """The same less its expectation."""
+        return self.decoded.evidence.deviation
+
+
+def converge(
+    cells: Cells,
+    factors: Factors,
+    clips: Sequence[float],
+    *,
+    most: int = MOST,
+    tolerance: float = TOLERANCE,
+    good: bool = False,
+) -> Run:
+    """Rounds from some factors. good: the start is near the answer, so that the misfit is judged at the clip.
+
+    The clip of round t is `clips[t]`, and the last one from there on; no run ends before that.
+    """
+    torch.set_flush_denormal(True)
+    limits = [clip * MEDIAN for clip in clips]
+    sites = plain_sites(cells, limits[0])
+    factors = factors.balanced()
+    down = slope(cells, sites, factors)
+    variances: Variances | None = None
+    trace: list[tuple[float, float, float]] = []
+    best: Run | None = None
+    still, loosened = 0, 2.0
+    for t in range(most):
+        limit, following = limits[min(t, len(limits) - 1)], limits[min(t + 1, len(limits) - 1)]
+        variances = effective_variances(sites, factors.ranks, variances)
+        change = Quadratic(cells, sites, factors).step(down, variances, ITERATIONS, tolerance)
+        factors, misfit = searched(cells, sites, factors, change, limit if good else math.inf)
+        factors = factors.balanced()
+        if t >= 1 and limit >= PRUNE_FROM * limits[-1]:
+            before = factors.ranks
+            factors = pruned(factors, variances)
+            ratio = variances.by_row.new_tensor([now / then for now, then in zip(factors.ranks, before, strict=True)])
+            variances = Variances(variances.by_row * ratio[:, None], variances.by_column * ratio[:, None])
+        decoded = Sweep(cells, sites, factors, variances, misfit, following, loosened).run(last=t == most - 1)
+        loosened = decoded.evidence.factors[decoded.evidence.best]
+        trace.append((decoded.predicted, max(misfit), decoded.evidence.likelihood))
+        if t:
+            moved, shifted = (abs(now - then) for now, then in zip(trace[-1][:2], trace[-2][:2], strict=True))
+            calm = moved < STILL and shifted < STILL + 5 * STILL * trace[-1][1]
+            still = still + 1 if calm else 0
+        if best is None or decoded.evidence.likelihood > best.likelihood - SLACK:
+            best = Run(factors, misfit, decoded, t + 1, still >= 2)
+        if still >= 2 and t >= len(limits) - 1:
+            break
+        if decoded.slope is not None:
+            down, decoded.slope = decoded.slope, None
+    assert best is not None
+    best.rounds, best.trace = t + 1, trace
+    best.settled = still >= 2
+    return best
+
+
+def searched(
+    cells: Cells, sites: Sites, factors: Factors, change: Factors, narrowest: float
+) -> tuple[Factors, tuple[float, ...]]:
+    """The factors moved along a change as far as the objective falls, and the misfit there."""
+    sizes = factors.sizes()
+    before = probe(cells, sites, factors, sizes, narrowest)
+    for length in LENGTHS:
+        moved = factors.moved(change, length)
+        after = probe(cells, sites, moved, sizes, narrowest)
+        if after.objective <= before.objective:
+            return moved, after.misfit
+    return factors, before.misfit

@@ -1,0 +1,135 @@
+"""What a fit knows of every entry: the cells of the models, and the normal sites that stand for them and for the grid.
+
+Everything is in units of half the median cell (a power of two near it), so that precisions are near one, and everything
+is read in blocks of rows that fit a processor's cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowra.methods.subspace_intersection.half.cells import Grid, grid_of
+
+# Entries of all models in one block.
+BLOCK = 2**18
+
+# A cell counts as no narrower than this share of the median one: a stored zero would decide alone.
+NARROWEST = 1e-3
+
+# A held-out cell is this many times as wide: it says nothing.
+WIDENED = 1e4
+
+# Precision of the median cell: 3 / half^2, with half = 1.
+MEDIAN = 3.0
+
+
+@dataclass(frozen=True)
+class Held:
+    """Cells left out of the fit, one model's at a place: model, row, column (q,), sorted by row."""
+
+    model: Tensor
+    row: Tensor
+    column: Tensor
+
+    def within(self, rows: slice) -> slice:
+        """Which of them lie in some rows."""
+        low, high = torch.searchsorted(self.row, self.row.new_tensor([rows.start, rows.stop])).tolist()
+        return slice(low, high)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The stored numbers of n models as cells.
+
+    stack: (n, d, k) float32 as given. dtypes: the format of each model. scale: power of two that the stack is
+    multiplied by. base: the grid W is taken to lie on, None for none. held: cells left out. twice: the update was
+    rounded to the format before it was added.
+    """
+
+    stack: Tensor
+    dtypes: tuple[torch.dtype, ...]
+    scale: float
+    base: Grid | None
+    held: Held | None = None
+    twice: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        """The grids of the models, to broadcast against (n, rows, k)."""
+        grids = [grid_of(dtype, self.scale) for dtype in self.dtypes]
+        eps, tiny = (self.stack.new_tensor(values)[:, None, None] for values in zip(*((g.eps, g.tiny) for g in grids)))
+        return Grid(eps, tiny)
+
+    def read(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Centre and half width of the cells of some rows: (n, rows, k) each."""
+        centre, half = self.grid.cell(self.stack[:, rows] * self.scale)
+        half.clamp_(min=NARROWEST)
+        if self.held is not None:
+            part = self.held.within(rows)
+            where = (self.held.model[part], self.held.row[part] - rows.start, self.held.column[part])
+            half[where] *= WIDENED
+        return centre, half
+
+    def blocks(self, entries: int = BLOCK) -> Iterator[slice]:
+        """Slices of rows."""
+        n, d, k = self.stack.shape
+        step = max(1, entries // (n * k))
+        return (slice(start, min(start + step, d)) for start in range(0, d, step))
+
+
+@dataclass
+class Sites:
+    """The normal sites: precision P_i about x_i for W + M_i, weight w about c for W.
+
+    precision: (n, d, k) bfloat16. offset: (n, d, k) float16, of x_i from the centre of its cell in half cells.
+    weight: (d, k) bfloat16, centre: (d, k) float32.
+    """
+
+    precision: Tensor
+    offset: Tensor
+    weight: Tensor
+    centre: Tensor
+
+    def read(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """P (n, rows, k) and the sum of P and w (rows, k), float32."""
+        precision = self.precision[:, rows].float()
+        return precision, precision.sum(0).add_(self.weight[rows])
+
+
+def plain_sites(cells: Cells, limit: float) -> Sites:
+    """Cells as normal errors of equal variance, precisions up to a limit, nothing known of W."""
+    n, d, k = cells.stack.shape
+    new = cells.stack.new_zeros
+    sites = Sites(
+        new(n, d, k, dtype=torch.bfloat16),
+        new(n, d, k, dtype=torch.float16),
+        new(d, k, dtype=torch.bfloat16),
+        new(d, k),
+    )
+    for rows in cells.blocks():
+        _, half = cells.read(rows)
+        sites.precision[:, rows] = half.square_().reciprocal_().mul_(3).clamp_(max=limit)
+    return sites
+
+
+def unit(stack: Tensor, dtypes: tuple[torch.dtype, ...]) -> float:
+    """The power of two that makes half the median cell about one."""
+    rows = torch.linspace(0, stack.shape[1] - 1, min(stack.shape[1], 256)).long()
+    halves = [grid_of(dtype).cell(weight[rows.to(weight.device)])[1].median() for weight, dtype in zip(stack, dtypes)]
+    middle = float(torch.stack(halves).median())
+    return 2.0 ** -round(math.log2(max(middle, torch.finfo(torch.float32).tiny)))
+
+
+def hold_out(stack: Tensor, generator: torch.Generator, share: float = 0.004, least: int = 600) -> Held:
+    """Choose cells to leave out: a share of all, no two at one place; more of a small layer, at most a fiftieth."""
+    n, d, k = stack.shape
+    count = int(min(max(share * n * d * k, least), 0.02 * n * d * k, d * k / 2))
+    place = torch.randperm(d * k, generator=generator)[: max(count, 1)].sort().values
+    model = torch.randint(n, (len(place),), generator=generator)
+    device = stack.device
+    return Held(model.to(device), (place // k).to(device), (place % k).to(device))

@@ -1,0 +1,48 @@
+"""Starts: estimates of W good enough for the fit to find its way from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowra.methods.subspace_intersection.half.fit import Factors
+
+# Columns beyond the rank in the range finder, and its power passes.
+OVERSAMPLING, PASSES = 8, 2
+
+
+def vote(stack: Tensor) -> Tensor:
+    """The number that most models store, entry by entry; the middle one where no two agree. (n, d, k) -> (d, k).
+
+    Where updates are below the spacing of the numbers, rounding undoes most of them. A middle between two numbers is
+    left there: it is a start, not an answer.
+    """
+    n = len(stack)
+    parts = []
+    for block in stack.split(max(1, 2**18 // (n * stack.shape[2])), dim=1):
+        ordered = block.sort(0).values
+        best, most = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2, torch.ones_like(ordered[0])
+        run = torch.ones_like(ordered[0])
+        for before, here in zip(ordered, ordered[1:], strict=False):
+            run = run * (here == before) + 1
+            more = run > most
+            best, most = torch.where(more, here, best), torch.where(more, run, most)
+        parts.append(best)
+    return torch.cat(parts)
+
+
+def factored(stack: Tensor, weight: Tensor, ranks: list[int], generator: torch.Generator) -> Factors:
+    """Balanced factors of the best approximations of W'_i - W of some ranks; float32."""
+    lefts, rights = [], []
+    for model, rank in zip(stack, ranks, strict=True):
+        rest = model - weight
+        columns = min(rank + OVERSAMPLING, *rest.shape)
+        basis = rest @ torch.randn(rest.shape[1], columns, generator=generator).to(rest.device)
+        for _ in range(PASSES):
+            basis = rest @ (rest.mT @ torch.linalg.qr(basis).Q)
+        basis = torch.linalg.qr(basis).Q  # (d, columns)
+        u, s, vh = torch.linalg.svd(basis.mT @ rest, full_matrices=False)
+        root = s[:rank].clamp(min=1e-12).sqrt()
+        lefts.append(basis @ (u[:, :rank] * root))
+        rights.append(vh[:rank].mT * root)
+    return Factors(tuple(lefts), tuple(rights))

@@ -1,0 +1,364 @@
+"""How much of a base weight do half-precision merges give back, bit for bit? Planted layers, many seeds.
+
+    python scripts/half_precision.py                    # all groups; hours on 2 cores, resumed where it was left
+    python scripts/half_precision.py phase --seeds 3    # one group, fewer seeds
+    python scripts/half_precision.py --report           # table and figure from the rows there are
+
+Layers d x k of W ~ N(0, 0.02^2) on the grid, updates of rank r with singular values from 1 down to `decay`, scaled to a
+signal mu = rms(M) / rms(ulp(W)). rho = r (d + k) / (d k) is the number of unknowns of an update over its equations.
+Ranks are not told, unless to Spectral DeTuning, which needs them. Groups:
+
+    phase        exact share over mu and rho, n = 3, beside the vote, the mean, Spectral DeTuning and the weighted fit
+    sizes        512 x 512, 1024 x 1024 and 256 x 1024
+    models       n = 5 and 8
+    formats      float16; bfloat16 bases in float16 merges; models of both formats; updates rounded before they are added
+    norms        updates of very different size
+    certificate  layers that no certificate may be given to, and sound ones among them
+
+Writes a row per layer and method to results/half_precision/cases.csv, and half_precision.md and .png from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lowra.methods.base import Observation
+from lowra.methods.spectral_detuning import SpectralDeTuning
+from lowra.methods.subspace_intersection import SubspaceIntersection
+from lowra.methods.subspace_intersection.half.start import vote
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+CELLS = "cell by cell"
+TODAY = "weighted fit"
+SPECTRAL = "Spectral DeTuning"
+METHODS = (CELLS, TODAY, SPECTRAL, "vote", "mean")
+
+SIGNALS = (0.05, 0.1, 0.3, 1.0, 4.0, 8.0, 30.0)
+
+# Seeds of the slow methods beside ours.
+SEEDS_BESIDE = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe for planted layers. norms: sizes of the updates relative to mu. plant: what is wrong with the layer."""
+
+    group: str
+    shape: tuple[int, int]
+    ranks: tuple[int, ...]
+    mu: float
+    decay: float = 0.1
+    base: str = "bf16"
+    merges: tuple[str, ...] = ("bf16",)
+    norms: tuple[float, ...] = (1.0,)
+    plant: str = "independent"
+
+    @property
+    def name(self) -> str:
+        """All that tells it from others."""
+        d, k = self.shape
+        parts = [f"{d}x{k}", "r=" + "/".join(map(str, sorted(set(self.ranks)))), f"n={len(self.ranks)}", f"mu={self.mu:g}"]
+        parts.append(f"decay={self.decay:g}")
+        if self.base != "bf16" or self.merges != ("bf16",):
+            parts.append(f"{self.base} base, {'/'.join(self.merges)} merges")
+        if self.norms != (1.0,):
+            parts.append("norms " + "/".join(f"{x:g}" for x in self.norms))
+        if self.plant != "independent":
+            parts.append(self.plant)
+        return ", ".join(parts)
+
+    @property
+    def rho(self) -> float:
+        """Unknowns over equations."""
+        d, k = self.shape
+        return max(self.ranks) * (d + k) / (d * k)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one layer. exact: share of weights on the bit. sure_exact: of those called sure."""
+
+    group: str
+    case: str
+    plant: str
+    rho: float
+    mu: float
+    seed: int
+    method: str
+    exact: float
+    w_error: float
+    seconds: float
+    certificate: str = ""
+    predicted: float = math.nan
+    sure: float = math.nan
+    sure_exact: float = math.nan
+    chi: float = math.nan
+    deviation: float = math.nan
+    start: str = ""
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def planted(case: Case, seed: int) -> tuple[Tensor, Tensor]:
+    """W (d, k) and the merged stack (n, d, k), float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    d, k = case.shape
+    weight = (0.02 * draw(d, k)).to(DTYPES[case.base]).float()
+    grid = torch.finfo(DTYPES[case.merges[0]])
+    ulp = torch.exp2(torch.floor(torch.log2(weight.abs().clamp(min=grid.tiny)))) * grid.eps
+    size = case.mu * float(ulp.square().mean().sqrt())
+    shared_left, shared_right = draw(d, max(case.ranks)), draw(k, max(case.ranks))
+    updates = []
+    for i, rank in enumerate(case.ranks):
+        left, right = draw(d, rank), draw(k, rank)
+        if case.plant == "shared A":
+            right = shared_right[:, :rank]
+        if case.plant == "nearly shared A":
+            right = math.sqrt(0.99) * shared_right[:, :rank] + 0.1 * right
+        if case.plant == "shared B":
+            left = shared_left[:, :rank]
+        values = torch.logspace(0, math.log10(case.decay), rank) if rank > 1 else torch.ones(1)
+        update = (torch.linalg.qr(left).Q * values) @ torch.linalg.qr(right).Q.mT
+        update *= size * case.norms[i % len(case.norms)] / update.square().mean().sqrt()
+        if case.plant == "component of two" and i < 2 or case.plant == "component of all":
+            part = torch.outer(shared_left[:, 0], shared_right[:, 0])
+            update += part * (update.norm() / part.norm() / math.sqrt(rank))
+        updates.append(update)
+    stack = []
+    for i, update in enumerate(updates):
+        dtype = DTYPES[case.merges[i % len(case.merges)]]
+        base = weight
+        if case.plant == "another base" and i == 0:
+            base = (0.02 * draw(d, k)).to(DTYPES[case.base]).float()
+        if case.plant == "touched" and i == 0:
+            base = weight + ulp * torch.randint(-1, 2, (d, k), generator=generator)
+        if case.plant == "rounded twice":
+            update = update.to(dtype).float()
+        stack.append((base + update).to(dtype).float())
+    return weight, torch.stack(stack)
+
+
+def cases(group: str) -> Iterator[Case]:
+    """The cases of a group."""
+    if group == "phase":
+        for rank in (4, 8, 16):
+            for mu in SIGNALS:
+                yield Case(group, (256, 256), (rank,) * 3, mu)
+        for mu in (0.1, 0.3, 1.0, 4.0):
+            yield Case(group, (256, 256), (16,) * 3, mu, decay=1.0)
+    if group == "sizes":
+        for mu in (0.1, 0.3, 1.0, 4.0):
+            yield Case(group, (512, 512), (8,) * 3, mu)
+            yield Case(group, (1024, 1024), (16,) * 3, mu)
+            yield Case(group, (256, 1024), (16,) * 3, mu)
+    if group == "models":
+        for n in (5, 8):
+            for mu in (0.1, 1.0, 4.0):
+                yield Case(group, (256, 256), (16,) * n, mu)
+        for mu in (0.1, 0.3, 1.0, 4.0):
+            yield Case(group, (256, 256), (2, 4, 8, 16), mu, decay=0.1)
+    if group == "formats":
+        for mu in (0.3, 1.0, 4.0):
+            yield Case(group, (256, 256), (16,) * 3, mu, base="fp16", merges=("fp16",))
+            yield Case(group, (256, 256), (8,) * 3, mu, base="bf16", merges=("fp16",))
+            yield Case(group, (256, 256), (8,) * 3, mu, merges=("bf16", "fp16"))
+            yield Case(group, (128, 128), (4,) * 3, mu, base="fp32")
+        for mu in (1.0, 10.0, 30.0):
+            yield Case(group, (256, 256), (8,) * 3, mu, plant="rounded twice")
+    if group == "norms":
+        for norms in ((10.0, 1.0, 1.0), (30.0, 1.0, 0.1), (1.0, 0.1, 0.1)):
+            for mu in (0.1, 0.3, 1.0):
+                yield Case(group, (256, 256), (4,) * 3, mu, norms=norms)
+    if group == "certificate":
+        for mu in (0.1, 0.3, 1.0, 4.0):
+            for plant in (
+                "independent",
+                "shared A",
+                "shared B",
+                "nearly shared A",
+                "component of two",
+                "component of all",
+                "another base",
+                "touched",
+            ):
+                yield Case(group, (96, 96), (3,) * 3, mu, plant=plant)
+            yield Case(group, (96, 96), (3,) * 2, mu)
+            yield Case(group, (96, 96), (3,) * 3, mu, base="fp32")
+            yield Case(group, (96, 96), (3,) * 3, mu, norms=(1.0, 0.1, 0.1))
+            yield Case(group, (96, 96), (3,) * 5, mu, plant="another base")
+
+
+GROUPS = ("phase", "sizes", "models", "formats", "norms", "certificate")
+
+
+def measured(case: Case, seed: int, method: str) -> Row:
+    """Recover one layer with one method."""
+    weight, stack = planted(case, seed)
+    begun = time.perf_counter()
+    extra: dict[str, float | str] = {}
+    if method in (CELLS, TODAY):
+        solver = SubspaceIntersection(refine="auto" if method == CELLS else "weighted")
+        recovery = solver.recover(Observation(stack, None, seed, DTYPES[case.merges[0]]))
+        estimate, stats = recovery.candidates[0], recovery.stats
+        extra["certificate"] = str(stats["certificate"])
+        if stats["predicted_exact"] is not None:
+            extra |= {"predicted": stats["predicted_exact"], "sure": stats["sure_share"], "chi": stats["chi"]}
+            extra |= {"deviation": stats["held_out_deviation"], "start": str(stats["start"])}
+        if recovery.sure is not None and bool(recovery.sure.any()):
+            extra["sure_exact"] = float((estimate == weight)[recovery.sure].float().mean())
+    elif method == SPECTRAL:
+        estimate = SpectralDeTuning(compress=True).recover(Observation(stack, max(case.ranks), seed)).candidates[0]
+    else:
+        estimate = vote(stack) if method == "vote" else stack.mean(0)
+    seconds = time.perf_counter() - begun
+    if method not in (CELLS, TODAY):  # these choose a grid themselves
+        estimate = estimate.to(DTYPES[case.base]).float()
+    error = float((estimate.double() - weight).square().mean())
+    return Row(
+        group=case.group,
+        case=case.name,
+        plant=case.plant,
+        rho=case.rho,
+        mu=case.mu,
+        seed=seed,
+        method=method,
+        exact=float((estimate == weight).double().mean()),
+        w_error=math.log10(error) if error else -31.3,
+        seconds=seconds,
+        **extra,  # type: ignore[arg-type]
+    )
+
+
+def run(groups: list[str], seeds: int, beside: int, table: Path) -> None:
+    """Measure what is not in the table yet, seed by seed, so that a part of the run is a smaller run."""
+    done: set[tuple[str, int, str]] = set()
+    if table.exists():
+        known = pd.read_csv(table)
+        done = set(zip(known.case, known.seed, known.method, strict=True))
+    else:
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text(",".join(field.name for field in fields(Row)) + "\n")
+    with table.open("a", newline="") as file:
+        writer = csv.writer(file)
+        for seed in range(seeds):
+            for group in groups:
+                for case in cases(group):
+                    slow = seed < beside and group != "certificate"
+                    for method in METHODS:
+                        if method in (TODAY, SPECTRAL) and not slow or (case.name, seed, method) in done:
+                            continue
+                        row = measured(case, seed, method)
+                        writer.writerow([getattr(row, field.name) for field in fields(Row)])
+                        file.flush()
+                        print(f"{row.case}, seed {seed}, {method}: exact {row.exact:.4f}, {row.seconds:.1f} s", flush=True)
+
+
+def report(table: Path) -> None:
+    """The table's summary (Markdown) and the phase diagram."""
+    rows = pd.read_csv(table, keep_default_na=True)
+    ours = rows[rows.method == CELLS]
+    lines = ["# Half-precision merges, cell by cell", "", __doc__.split("\n\n")[2].replace("\n", " "), ""]
+    lines += ["Exact share, median / worst over the seeds (Spectral DeTuning and the weighted fit: the first seeds).", ""]
+    for group in [group for group in GROUPS if group != "certificate"]:
+        part = rows[rows.group == group]
+        if part.empty:
+            continue
+        lines += [f"## {group.capitalize()}", "", "| case | seeds | " + " | ".join(METHODS) + " | predicted | certified | seconds |"]
+        lines += ["|" + "---|" * (len(METHODS) + 5)]
+        for name, some in part.groupby("case", sort=False):
+            mine = some[some.method == CELLS]
+            if mine.empty:
+                continue
+            shares = []
+            for method in METHODS:
+                exact = some[some.method == method].exact
+                shares.append(f"{exact.median():.4f} / {exact.min():.4f}" if len(exact) else "")
+            certified = int((mine.certificate == "certified").sum())
+            lines.append(
+                f"| {name} | {len(mine)} | " + " | ".join(shares) + f" | {mine.predicted.median():.4f} "
+                f"| {certified} | {mine.seconds.median():.1f} |"
+            )
+        lines.append("")
+    lines += [*calibration(ours), ""]
+    table.with_name("half_precision.md").write_text("\n".join(lines))
+    figure(rows, table.with_name("half_precision.png"))
+
+
+def calibration(ours: pd.DataFrame) -> list[str]:
+    """What the certificate and the predictions are worth."""
+    certified = ours[ours.certificate == "certified"]
+    gap = certified.predicted - certified.exact
+    wrong = certified[gap > 0.02]
+    lines = ["## Calibration", ""]
+    lines.append(
+        f"{len(certified)} of {len(ours)} layers certified. Predicted less actual exact share: median {gap.median():+.4f}, "
+        f"5% to 95% {gap.quantile(0.05):+.4f} to {gap.quantile(0.95):+.4f}, extremes {gap.min():+.4f} to {gap.max():+.4f}; "
+        f"within .01 in {(gap.abs() <= 0.01).mean():.1%}, within .02 in {(gap.abs() <= 0.02).mean():.1%}. "
+        f"Of the weights called sure in certified layers {(certified.sure_exact * certified.sure).sum() / certified.sure.sum():.5%} "
+        f"are right, in the worst layer {certified.sure_exact.min():.4%}."
+    )
+    lines += ["", "| planted | layers | certified | overstated by more than .02 |", "|---|---|---|---|"]
+    for plant, some in ours.assign(kind=ours.plant + ours.case.str.contains("n=2,").map({True: ", n = 2", False: ""})
+                                   + ours.case.str.contains("fp32 base").map({True: ", float32 base", False: ""})).groupby("kind"):
+        marked = some[some.certificate == "certified"]
+        lines.append(f"| {plant} | {len(some)} | {len(marked)} | {len(wrong.index.intersection(marked.index))} |")
+    return lines
+
+
+def figure(rows: pd.DataFrame, path: Path) -> None:
+    """Exact share over the signal, a panel for each rho."""
+    part = rows[(rows.group == "phase") & rows.case.str.contains("256x256") & rows.case.str.contains("decay=0.1")]
+    ratios = sorted(part.rho.unique())
+    drawing, axes = plt.subplots(1, len(ratios), figsize=(4 * len(ratios), 3.4), sharey=True, squeeze=False)
+    styles = {CELLS: "-", TODAY: "--", SPECTRAL: "-.", "vote": ":", "mean": (0, (1, 3))}
+    for axis, rho in zip(axes[0], ratios, strict=True):
+        for method in METHODS:
+            some = part[(part.rho == rho) & (part.method == method)].groupby("mu").exact
+            middle = 1 - some.median()
+            axis.plot(middle.index, middle, marker="o", markersize=3, linestyle=styles[method], label=method)
+            if method == CELLS:
+                axis.fill_between(middle.index, 1 - some.max(), 1 - some.min(), alpha=0.2)
+        axis.set(xscale="log", yscale="log", xlabel="rms(M) / rms(ulp(W))", title=f"r (d + k) / (d k) = {rho:.3f}")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("share of weights that are wrong")
+    axes[0][-1].legend(fontsize=8)
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=150)
+    plt.close(drawing)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="groups to measure; all by default")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--beside", type=int, default=SEEDS_BESIDE, help="seeds of the slow methods beside ours")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--out", type=Path, default=Path("results/half_precision"))
+    arguments = parser.parse_args()
+    table = arguments.out / "cases.csv"
+    if not arguments.report:
+        run(arguments.groups or list(GROUPS), arguments.seeds, arguments.beside, table)
+    report(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# The paper's tables and figures, the tracks of the leaderboard, and the page of them all.
+#   scripts/reproduce.sh mini        every family in miniature, offline, from nothing
+#   scripts/reproduce.sh synthetic   the exact method at the true layer shapes, weights only
+#   scripts/reproduce.sh published   LoWRA-Bench: scripts/reproduce.sh published device=cuda source.path=...
+#   scripts/reproduce.sh page        only the page, from what is in runs/
+#   scripts/reproduce.sh export      put what is in runs/ under results/, to be committed
+# What comes after the first word goes to every lowra.run. Stopped, it goes on where it was; what is there is not
+# computed again. It ends with runs/report.html.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+what=${1:-mini}
+shift || true
+all=vit,stable_diffusion,mistral_sft,mistral_dpo
+extra=("$@")
+
+run() { python -m lowra.run --multirun "$@" "${extra[@]}"; }
+
+folders() { find runs -type d -name records -printf '%h\n' | sort; }
+
+page() {
+  mapfile -t found < <(folders)
+  python -m lowra.report "${found[@]}" --page runs/report.html
+}
+
+case "$what" in
+  mini)
+    run experiment=table2,table3,table4_sft,table4_dpo                  # also Figs. 2, 3, 4, 14 to 17, and by layer
+    run experiment=three,one_short,released,fig7 subset=$all
+    run experiment=fig8,fig9,fig10,fig11
+    run experiment=fig5,fig6,fig12,fig13
+    run experiment=steps_200 subset=vit,stable_diffusion
+    run experiment=defended,dpo_sft_adapter,dpo_base
+    page
+    ;;
+  synthetic)
+    run experiment=three subset=$all source=synthetic trials=1 'methods=[mean_lora,subspace_intersection]'
+    page
+    ;;
+  published)
+    run experiment=table2,table3,table4_sft,table4_dpo source=published
+    run experiment=three,one_short,released,fig7 subset=$all source=published
+    run experiment=fig8,fig9,fig10,fig11 source=published
+    run experiment=fig5,fig6,fig12,fig13 source=published
+    run experiment=steps_200 subset=vit,stable_diffusion source=published
+    page
+    ;;
+  page)
+    page
+    ;;
+  export)
+    folders | while read -r folder; do
+      python -m lowra.report "$folder" --to "results/${folder#runs/}" > /dev/null
+      echo "results/${folder#runs/}"
+    done
+    page
+    cp runs/report.html results/report.html
+    ;;
+  *)
+    echo "error: $what is none of mini, synthetic, published, page, export." >&2
+    exit 2
+    ;;
+esac
