@@ -10,9 +10,9 @@ base, bases on coarse and few-valued grids, layers of tiny and huge scale, merge
 
 An answer claims its predicted error when it is `certified` or `weak`. It is wrong when the actual error is ten times
 that (1 in W-Error). Then either the answer is a simpler explanation than the truth, its updates being of smaller total
-rank, and none of larger rank than a rank that was told (a lower one the rounding may hide), which nobody can tell from the merges, and which the certificate's
-sentence allows for (`covered`); or the certificate is false. The script ends with exit status 1 if there is a false
-one.
+rank, and none of larger rank than a rank that was told (a lower one the rounding may hide), which nobody can tell from
+the merges, and which the certificate's sentence allows for (`covered`); or the certificate is false. The script ends
+with exit status 1 if there is a false one.
 """
 
 from __future__ import annotations
