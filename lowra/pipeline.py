@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> Outcome:
         print(f"{done} of {len(keys)} recovered layers are there from an earlier run.", file=sys.stderr)
     jobs, threads = workers(plan, len(keys) - done)
     store.open(plan.context(jobs, threads))
-    judge = layer_judge(plan, store.weights if plan.metrics else None)
+    judge = layer_judge(plan, threads, store.weights if plan.metrics else None)
     outcome = Outcome(plan.folder)
     models = ModelJudge(plan, store, judge)
     shard = shard_of(cfg.shard)
@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> Outcome:
     return outcome
 
 
-def layer_judge(plan: Plan, keep: KeptWeights | None = None) -> LayerJudge:
+def layer_judge(plan: Plan, threads: int, keep: KeptWeights | None = None) -> LayerJudge:
     """The judge of a plan's layers. keep: where recovered weights wait for metrics, None keeps none."""
     return LayerJudge(
         table=plan.data.table,
@@ -73,6 +73,7 @@ def layer_judge(plan: Plan, keep: KeptWeights | None = None) -> LayerJudge:
         merge_dtype=plan.cfg.merge.dtype,
         merge_order=plan.cfg.merge.order,
         foreign=plan.cfg.merge.foreign,
+        threads=threads,
         device=str(plan.device),
         digests=plan.data.base is not None,
         keep=keep,

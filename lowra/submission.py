@@ -25,13 +25,13 @@ from omegaconf import DictConfig, OmegaConf
 from lowra import reporting
 from lowra.code import closure, code_digest, module_of
 from lowra.errors import LowraError
+from lowra.files import write_text
 from lowra.paths import conf_dir, register_resolvers
 from lowra.pipeline import layer_judge, run
-from lowra.plan import Plan, make_variants, prepare
+from lowra.plan import Plan, cores, make_variants, prepare
 from lowra.records import LAYER, Store, read
 from lowra.reporting.escape import slug
 from lowra.reporting.export import export
-from lowra.reporting.files import write_text
 from lowra.testing import check_method
 
 CLOSE = 0.1
@@ -247,7 +247,7 @@ def _again(
     variant = plan.variants[entry["name"]]
     draw, index = choice.choice(plan.draws), choice.choice(plan.layers)
     task = plan.task(draw, index, (variant.name,))
-    (found,) = layer_judge(plan).judge(task)
+    (found,) = layer_judge(plan, cores()).judge(task)
     record = by_key[plan.key(draw, index, variant)]
     what = f"draw {draw}, layer {plan.info(index).label} of track {each['track']}"
     if found["failed"]:

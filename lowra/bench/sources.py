@@ -150,12 +150,13 @@ class Recipe:
         folder = self.folder(builder)
         if self.miniature:  # dozens of tiny models are loaded; a progress bar for each would drown ours
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        made = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            made = True
             return builder.build(folder)
         except OSError as error:
-            where = str(error.filename)
-            if folder.is_dir() and not where.startswith(str(folder.parent)):
+            if made and not str(error.filename).startswith(str(folder.parent)):
                 raise  # a file of somewhere else
             raise LowraError(
                 f"The cache folder {str(folder.parent)[:80]!r} cannot be used ({error.strerror}); "

@@ -21,7 +21,8 @@ from lowra.checkpoints.reading import StoredState, component_folder, with_weight
 from lowra.checks import Count, Name, OneOf, check_fields
 from lowra.digests import file_digest
 from lowra.errors import LowraError
-from lowra.metrics.base import REFERENCE, Weights, digest, whole_file
+from lowra.files import replacing
+from lowra.metrics.base import REFERENCE, Weights, digest
 from lowra.packages import require
 from lowra.quiet import quiet
 
@@ -99,7 +100,7 @@ class ActivationDistance:
         """The base model's activations on all images; `activation_distance_images.txt` in `artifacts` lists these."""
         paths = self.image_paths(evaluation)
         if artifacts is not None:
-            with whole_file(artifacts / "activation_distance_images.txt") as temporary:
+            with replacing(artifacts / "activation_distance_images.txt") as temporary:
                 temporary.write_text("".join(f"{path.parent.name}/{path.name}\n" for path in paths))
         return ActivationScorer(self, component_folder(base), paths, device)
 

@@ -23,9 +23,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lowra.files import replacing
 from lowra.metrics.weight_error import EXACT
 from lowra.reporting.escape import plot_text
-from lowra.reporting.files import replacing
 from lowra.reporting.numbers import number
 from lowra.reporting.views import View
 

@@ -46,10 +46,9 @@ class Grid:
     def cell(self, number: Tensor) -> tuple[Tensor, Tensor]:
         """Centre and half width of the cells of numbers of the grid."""
         exponent = power(number)
+        lopsided = (number.abs() == exponent).logical_and_(exponent > self.tiny)
         half = floored(exponent, self.tiny).mul_(self.eps).mul_(0.5)
-        # One of a few hundred numbers; where none is, which is the rule for the rows of a block, no more is done.
-        lopsided = number.abs().eq_(exponent).mul_(exponent > self.tiny)
-        shift = lopsided.mul_(half).mul_(0.25)
+        shift = lopsided.float().mul_(half).mul_(0.25)
         centre = torch.addcmul(number, number.sign(), shift)
         return centre, half.sub_(shift)
 

@@ -92,7 +92,9 @@ class HalfAnswer:
         elif self.deviation < DEVIATION:
             why = f"predicts stored numbers held out worse than it should, by {-self.deviation:.2f} nats"
         else:
-            why = f"fits the numbers it was made from much better than numbers held out ({-self.overconfidence:.2f} nats)"
+            why = (
+                f"fits the numbers it was made from much better than numbers held out ({-self.overconfidence:.2f} nats)"
+            )
         return f"Not certified: the best explanation found {why}. If it is right: {share}."
 
 
@@ -165,7 +167,9 @@ class Recoverer:
                 more = 8 + max(factors.ranks) // 4 if self.hint is None else self.hint - min(factors.ranks)
                 factors = levels.extra_directions(whole, factors, more, self.generator)
             good = max(run.misfit) <= MISFIT
-            run = converge(whole, factors, FINISH if good else FROM_NEARBY, most=len(FINISH) + 1 if good else MOST, good=good)
+            run = converge(
+                whole, factors, FINISH if good else FROM_NEARBY, most=len(FINISH) + 1 if good else MOST, good=good
+            )
         decoded, certified = run.decoded, certifiable(run, n)
         if not certified or decoded.predicted < EASY:
             alone = self._unfitted(whole)
@@ -203,7 +207,9 @@ class Recoverer:
             tried=tried,
         )
 
-    def _chosen(self, cells: Cells, estimate: Tensor | None, tried: dict[str, float], label: str = "") -> tuple[str, Run]:
+    def _chosen(
+        self, cells: Cells, estimate: Tensor | None, tried: dict[str, float], label: str = ""
+    ) -> tuple[str, Run]:
         """The start whose rounds predict the held-out cells best."""
         best: tuple[str, Run] | None = None
         n = len(cells.stack)
@@ -228,7 +234,13 @@ class Recoverer:
         counted = math.ceil(OVER * self.counted) + 4
         rank = min(room, self.hint if self.hint is not None else max(RANK, counted))
         if estimate is not None:
-            yield "closed form", estimate, min(room, self.hint if self.hint is not None else counted), FROM_NEARBY, False
+            yield (
+                "closed form",
+                estimate,
+                min(room, self.hint if self.hint is not None else counted),
+                FROM_NEARBY,
+                False,
+            )
         if faint < VOTE or estimate is None:
             yield "vote", vote(cells.stack), rank, AT_ONCE if faint < FAINT else FROM_AFAR, False
         if estimate is not None:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lowra.methods.subspace_intersection.half.sites import Cells
 
-# Share of the entries, those where the cells are narrowest, that sizes are measured on.
-FINEST = 0.05
+# Share of the entries, those where the cells are narrowest, that small updates are measured on; and the size in cells up
+# to which an update is small. (Where updates are large, cells are narrow where they cancel.)
+FINEST, LARGE = 0.05, 1.0
 
 
 def update_sizes(cells: Cells) -> Tensor:
@@ -24,15 +25,23 @@ def update_sizes(cells: Cells) -> Tensor:
     rows = torch.linspace(0, d - 1, min(d, 256)).long().to(cells.stack.device)
     centre, half = cells.grid.cell(cells.stack[:, rows] * cells.scale)
     centre, half = centre.flatten(1), half.flatten(1)
-    widest = half.amax(0)
-    finest = widest.topk(max(1, int(FINEST * widest.numel())), largest=False).indices
-    centre, noise = centre[:, finest].double(), half[:, finest].double().square().mean(1) / 3
+    found = separated(centre, half)
+    if float(found.max()) < LARGE * 2 * float(half.double().square().mean().sqrt()):
+        finest = half.amax(0).topk(max(1, int(FINEST * half.shape[1])), largest=False).indices
+        found = separated(centre[:, finest], half[:, finest])
+    return found
+
+
+def separated(centre: Tensor, half: Tensor) -> Tensor:
+    """Sizes (n,) from the centres and half widths (n, q) of cells: least squares over the pairs of models."""
+    n = len(centre)
+    noise = half.double().square().mean(1).cpu() / 3
     equations, squares = [], []
     for i, j in combinations(range(n), 2):
         row = torch.zeros(n, dtype=torch.float64)
         row[i] = row[j] = 1
         equations.append(row)
-        squares.append(float((centre[i] - centre[j]).square().mean() - noise[i] - noise[j]))
+        squares.append(float((centre[i].double() - centre[j]).square().mean() - noise[i] - noise[j]))
     right = torch.tensor(squares, dtype=torch.float64)
     least = float(noise.min()) * 1e-2
     if n == 2:

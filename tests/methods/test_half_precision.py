@@ -1,0 +1,457 @@
+"""Recovery from half-precision merges: the parts against plain second statements, the whole against planted truths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowra.methods.base import Observation, Recovery
+from lowra.methods.subspace_intersection import SubspaceIntersection
+from lowra.methods.subspace_intersection.half import formats, levels
+from lowra.methods.subspace_intersection.half.boxes import log_probability, score_and_curvature
+from lowra.methods.subspace_intersection.half.cells import Grid, format_of, grid_of
+from lowra.methods.subspace_intersection.half.fit import Factors, Quadratic, effective_variances, slope
+from lowra.methods.subspace_intersection.half.lattice import around, decode, settled
+from lowra.methods.subspace_intersection.half.rounds import FROM_NEARBY, converge
+from lowra.methods.subspace_intersection.half.signal import update_sizes
+from lowra.methods.subspace_intersection.half.sites import Cells, Sites, hold_out, plain_sites, unit
+from lowra.methods.subspace_intersection.half.start import factored, vote
+
+BF16, FP16 = torch.bfloat16, torch.float16
+HALF = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+
+
+class Layer:
+    """A planted layer: base (d, k), updates and merged (n, d, k), float32. mu: rms of an update over that of an ulp."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int] = (96, 96),
+        ranks: Sequence[int] = (3, 3, 3),
+        mu: float = 1.0,
+        *,
+        base_dtype: torch.dtype = BF16,
+        dtypes: Sequence[torch.dtype] = (BF16,),
+        norms: Sequence[float] = (1.0,),
+        std: float = 0.02,
+        twice: bool = False,
+        shared_a: bool = False,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator)
+
+        d, k = shape
+        self.base = (std * draw(d, k)).to(base_dtype).float()
+        ulp = grid_of(dtypes[0]).spacing(self.base)
+        common = draw(max(ranks), k)
+        updates, merged = [], []
+        for i, rank in enumerate(ranks):
+            left, right = draw(d, rank), common[:rank] if shared_a else draw(rank, k)
+            update = (left * torch.logspace(0, -1, rank)) @ right
+            update *= (
+                mu * norms[i % len(norms)] * ulp.square().mean().sqrt() / update.square().mean().sqrt().clamp(1e-30)
+            )
+            dtype = dtypes[i % len(dtypes)]
+            updates.append(update.to(dtype).float() if twice else update)
+            merged.append((self.base + updates[-1]).to(dtype).float())
+        self.updates, self.merged = torch.stack(updates), torch.stack(merged)
+        self.dtype = dtypes[0]
+
+    def cells(self, *, base: torch.dtype | None = BF16, held: bool = False) -> Cells:
+        dtypes = formats(self.merged)
+        assert dtypes is not None
+        scale = unit(self.merged, dtypes)
+        left_out = hold_out(self.merged, torch.Generator().manual_seed(0)) if held else None
+        return Cells(self.merged, dtypes, scale, None if base is None else grid_of(base, scale), left_out)
+
+    def exact(self, weight: Tensor) -> float:
+        return float((weight == self.base).double().mean())
+
+
+def recover(layer: Layer, **settings: str) -> Recovery:
+    return SubspaceIntersection(**settings).recover(Observation(layer.merged, None, 0, layer.dtype))
+
+
+def every_number(dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """All finite numbers of a 16-bit format in order, float64."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    numbers = bits.view(dtype).double()
+    return torch.unique(numbers[numbers.isfinite()]) * scale
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+@HALF
+def test_cells_are_bounded_by_the_midpoints_to_the_neighbours(dtype: torch.dtype) -> None:
+    """All numbers of the format: powers of two, subnormals and zero among them; against the sorted list of them."""
+    numbers = every_number(dtype)
+    numbers = numbers[(numbers.abs() < 1e4) & ((numbers.abs() > 1e-30) | (numbers == 0))]
+    inner = numbers[1:-1]
+    low, high = (numbers[:-2] + inner) / 2, (inner + numbers[2:]) / 2
+    centre, half = grid_of(dtype).cell(inner.float())
+    keep = inner.abs() > 1e-29 if dtype == BF16 else torch.ones_like(inner, dtype=torch.bool)
+    # float32 holds midpoints of half-precision numbers exactly.
+    assert torch.equal((centre.double() - half.double())[keep], low[keep])
+    assert torch.equal((centre.double() + half.double())[keep], high[keep])
+
+
+@HALF
+@pytest.mark.parametrize("scale", [1.0, 2.0**15])
+def test_neighbours_are_the_next_numbers(dtype: torch.dtype, scale: float) -> None:
+    numbers = every_number(dtype, scale)
+    numbers = (
+        numbers[(numbers.abs() < 1e4) & (numbers.abs() > 1e-20)] if dtype == BF16 else numbers[numbers.abs() < 1e4]
+    )
+    grid = grid_of(dtype, scale)
+    inner = numbers[1:-1].float()
+    keep = torch.ones_like(inner, dtype=torch.bool)
+    if dtype == BF16:  # the list leaves out what lies around zero
+        keep = inner.abs() > 1e-19
+    assert torch.equal(grid.neighbour(inner, 1)[keep].double(), numbers[2:][keep])
+    assert torch.equal(grid.neighbour(inner, -1)[keep].double(), numbers[:-2][keep])
+    assert torch.equal(grid.nearest(inner), inner)
+
+
+@HALF
+def test_nearest_is_the_formats_own_rounding(dtype: torch.dtype) -> None:
+    values = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 2, 20_000)
+    assert torch.equal(grid_of(dtype).nearest(values), values.to(dtype).float())
+
+
+def test_the_format_is_the_coarsest_that_holds_all_numbers() -> None:
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)) * 0.02
+    assert format_of(weight.to(BF16).float()) == BF16
+    assert format_of(weight.to(FP16).float()) == FP16
+    assert format_of(weight) is None
+    one = weight.to(BF16).float()
+    one[7, 7] += 1e-6  # a single number off the grid
+    assert format_of(one) is None
+    assert formats(torch.stack([weight.to(BF16).float(), one])) is None
+
+
+# --- boxes and the lattice --------------------------------------------------------------------------------------------
+
+
+def log_mass(t: Tensor, h: Tensor) -> Tensor:
+    """log P(|t + N(0, 1)| < h) in float64 by the logarithms of the tails."""
+    inner, outer = torch.special.log_ndtr(h - t.abs()), torch.special.log_ndtr(-h - t.abs())
+    return inner + torch.log(-torch.expm1(outer - inner))
+
+
+def test_box_likelihood_and_its_derivatives() -> None:
+    """Against float64 logarithms of tails and their differences; from deep inside to ten deviations outside."""
+    t = torch.linspace(-14, 14, 281, dtype=torch.float64)[:, None]
+    h = torch.tensor([0.05, 0.5, 1.0, 4.0], dtype=torch.float64)
+    t, h = (part.contiguous() for part in torch.broadcast_tensors(t, h))
+    found = log_probability(t.float(), h.float()).double()
+    reference = log_mass(t, h)
+    # float32, and an approximate logarithm beyond 11 deviations
+    assert torch.allclose(found, reference, rtol=2e-2, atol=2e-3)
+    step = 1e-4
+    up, down = log_mass(t - step, h), log_mass(t + step, h)  # t falls as the mean rises
+    score, curvature = score_and_curvature(t.float(), h.float())
+    near = t.abs() - h < 5  # further out the continuation is linear
+    assert torch.allclose(score.double()[near], ((up - down) / (2 * step))[near], rtol=1e-2, atol=1e-2)
+    bent = (2 * reference - up - down) / step**2
+    assert torch.allclose(curvature.double()[near], bent[near], rtol=5e-2, atol=3e-2)
+    assert (score * t.float() >= 0).all()  # always towards the cell
+
+
+def test_decoding_is_the_posterior_over_all_numbers() -> None:
+    """Against a sum over the whole grid in float64."""
+    generator = torch.Generator().manual_seed(1)
+    q, n = 400, 3
+    truth = (0.02 * torch.randn(q, generator=generator)).to(BF16).float() * 2**12
+    grid = grid_of(BF16, 2.0**12)
+    deviation = 0.4 * grid.spacing(truth) * torch.rand(n, q, generator=generator) + 1e-3
+    error = deviation * torch.randn(n, q, generator=generator)
+    update = grid.spacing(truth) * torch.randn(n, q, generator=generator)
+    stored = grid.nearest(truth + update)
+    centre, half = grid.cell(stored)
+    target = centre - update + error
+    site = decode(grid, target, half, deviation.square(), 1e9, normal=False)
+    numbers = every_number(BF16, 2.0**12)
+    numbers = numbers[numbers.abs() < 2e4]
+    for i in range(0, q, 7):
+        logs = sum(
+            log_mass(
+                (numbers - float(target[m, i])) / float(deviation[m, i]), half[m, i].double() / float(deviation[m, i])
+            )
+            for m in range(n)
+        )
+        chances = torch.softmax(torch.as_tensor(logs).nan_to_num(-1e9), 0)
+        assert float(site.best[i]) == float(numbers[chances.argmax()]) or float(site.share[i]) < 0.7
+        assert float(site.share[i]) == pytest.approx(float(chances.max()), abs=0.02)  # float32 tails, nine numbers
+    near, clear = settled(grid, target[:, :, None], half[:, :, None], deviation[:, :, None])
+    assert float((near[clear] == truth[:, None][clear]).float().mean()) > 0.999
+    assert 0.05 < float(clear.float().mean()) < 1
+
+
+def test_numbers_around_a_power_of_two() -> None:
+    grid = grid_of(BF16)
+    assert around(grid, torch.tensor([1.0]), 2)[:, 0].tolist() == [
+        1 - 2 / 256,
+        1 - 1 / 256,
+        1.0,
+        1 + 1 / 128,
+        1 + 2 / 128,
+    ]
+
+
+# --- the fit ----------------------------------------------------------------------------------------------------------
+
+
+def small_problem() -> tuple[Cells, Sites, Factors]:
+    """Cells, sites with a word on W, and balanced factors, all of a small layer."""
+    layer = Layer((12, 16), (2, 2, 1), mu=2.0)
+    cells = layer.cells()
+    sites = plain_sites(cells, 30.0)
+    generator = torch.Generator().manual_seed(2)
+    sites.weight[:] = torch.rand(12, 16, generator=generator)
+    sites.centre[:] = layer.base * cells.scale
+    factors = factored(layer.merged * cells.scale, layer.base * cells.scale, [2, 2, 1], generator)
+    return cells, sites, factors.balanced()
+
+
+def objective(cells: Cells, sites: Sites, factors: Factors, change: Factors) -> float:
+    """F with the updates linearised around the factors, W eliminated: dense, float64."""
+    centre, half = (part.double() for part in cells.read(slice(0, cells.stack.shape[1])))
+    x = centre + half * sites.offset.double()
+    p, w, c = sites.precision.double(), sites.weight.double(), sites.centre.double()
+    updates = torch.stack(
+        [
+            (a @ b.mT + da @ b.mT + a @ db.mT).double()
+            for a, b, da, db in zip(factors.left, factors.right, change.left, change.right, strict=True)
+        ]
+    )
+    weight = ((p * (x - updates)).sum(0) + w * c) / (p.sum(0) + w)
+    value = float((p * (x - weight - updates).square()).sum() + (w * (weight - c).square()).sum())
+    d, k = weight.shape
+    for s, a, b, da, db in zip(factors.sizes(), factors.left, factors.right, change.left, change.right, strict=True):
+        value += float(((a + da).square() * (d / s)).sum() + ((b + db).square() * (k / s)).sum())
+    return value
+
+
+def test_slope_and_curvature_are_those_of_the_objective() -> None:
+    """F(z) = F(0) - 2 slope z + z A z for the linearised F, in any direction."""
+    cells, sites, factors = small_problem()
+    generator = torch.Generator().manual_seed(3)
+    change = Factors(
+        tuple(0.1 * torch.randn(part.shape, generator=generator) for part in factors.left),
+        tuple(0.1 * torch.randn(part.shape, generator=generator) for part in factors.right),
+    )
+    none = change.moved(change, -1.0)
+    gained = objective(cells, sites, factors, change) - objective(cells, sites, factors, none)
+    curved = change.dot(Quadratic(cells, sites, factors).product(change))
+    steep = change.dot(slope(cells, sites, factors))
+    assert gained == pytest.approx(curved - 2 * steep, rel=1e-3)  # sums in float32
+    assert curved > 0
+
+
+def test_a_full_step_minimises_the_model() -> None:
+    cells, sites, factors = small_problem()
+    model = Quadratic(cells, sites, factors)
+    down = slope(cells, sites, factors)
+    change = model.step(down, effective_variances(sites, factors.ranks, None), 200, 1e-5)
+    rest = down.moved(model.product(change), -1.0)
+    assert rest.dot(rest) < 1e-4 * down.dot(down)
+
+
+def test_leverages_add_up_to_the_unknowns() -> None:
+    """And where all precisions are equal, the variance of a row is r / (k own)."""
+    _, sites, factors = small_problem()
+    variances = effective_variances(sites, factors.ranks, None)
+    total = sites.precision.float().sum(0) + sites.weight.float()
+    own = sites.precision.float() * (1 - sites.precision.float() / total)
+    gain = own * variances.by_row[:, :, None]
+    assert torch.allclose(
+        (gain / (1 + gain)).sum(2), torch.tensor(factors.ranks)[:, None].float().expand(3, 12), rtol=1e-3
+    )
+    sites.precision[:], sites.weight[:] = 1.0, 0.0
+    equal = effective_variances(sites, (2, 2, 2), None).by_row
+    # h = own v / (1 + own v) is r / k for every entry
+    assert torch.allclose(equal, torch.tensor((2 / 16) / (1 - 2 / 16) / (2 / 3)).expand_as(equal), rtol=1e-3)
+
+
+def test_directions_below_the_noise_are_pruned() -> None:
+    layer = Layer((96, 96), (3, 2, 1), mu=8.0)
+    cells = layer.cells(held=True)
+    factors = factored(layer.merged * cells.scale, layer.base * cells.scale, [12] * 3, torch.Generator().manual_seed(0))
+    assert converge(cells, factors, FROM_NEARBY).factors.ranks == (3, 2, 1)
+
+
+def test_the_sizes_of_updates_show_in_the_smallest_weights() -> None:
+    for mu in (0.1, 1.0, 10.0):
+        layer = Layer((128, 128), mu=mu, norms=(1.0, 3.0, 1.0))
+        cells = layer.cells()
+        actual = layer.updates.double().square().mean((1, 2)).sqrt() * cells.scale
+        assert torch.allclose(update_sizes(cells), actual, rtol=0.5)  # of a twentieth of the entries, rounded
+
+
+def test_a_part_of_a_layer_extends_to_the_whole() -> None:
+    """From the true factors on some rows and columns, linear least squares finds the updates within the rounding."""
+    layer = Layer((640, 512), (3, 3, 3), mu=8.0)
+    generator = torch.Generator().manual_seed(0)
+    part = levels.Part(torch.arange(0, 640, 2), torch.arange(0, 512, 2))
+    cells = layer.cells()
+    own = factored(part.of(layer.updates) * cells.scale, torch.zeros(()), [3] * 3, generator)
+    whole = levels.extended(cells, part, own.balanced(), generator)
+    error = whole.updates(slice(0, 640)) / cells.scale - layer.updates
+    assert (
+        float(error.square().mean().sqrt() / layer.updates.square().mean().sqrt()) < 0.02
+    )  # rounding over 16 / sqrt(85)
+
+
+def test_the_vote_is_what_most_models_store() -> None:
+    stack = torch.tensor([[[1.0, 5.0, 1.0]], [[2.0, 5.0, 2.0]], [[2.0, 4.0, 4.0]], [[3.0, 5.0, 8.0]]])
+    assert vote(stack).tolist() == [[2.0, 5.0, 3.0]]
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mu", [0.1, 1.0, 8.0])
+def test_planted_layers_come_back_and_the_answer_knows_which_weights(mu: float) -> None:
+    layer = Layer(mu=mu)
+    recovery = recover(layer)
+    weight, stats = recovery.candidates[0], recovery.stats
+    share = layer.exact(weight)
+    # Layers of 96 x 96 with rank 3 (rho = .0625) lose 1 to 2 in 100: the weights that are smallest.
+    assert share > 0.97
+    assert share > layer.exact(vote(layer.merged)) + 0.01
+    assert stats["predicted_exact"] == pytest.approx(share, abs=0.02)
+    assert stats["grid"] == "bf16"
+    assert recovery.sure is not None and recovery.sure.dtype == torch.bool and recovery.sure.shape == weight.shape
+    assert float(recovery.sure.float().mean()) == pytest.approx(stats["sure_share"], abs=1e-3)
+    assert float((weight == layer.base)[recovery.sure].float().mean()) > 0.998
+    assert torch.equal(weight, weight.to(BF16).float())
+
+
+def test_cells_beat_the_weighted_fit() -> None:
+    layer = Layer((128, 128), (4, 4, 4), mu=1.0)
+    cells, fit = recover(layer), recover(layer, refine="weighted")
+    assert layer.exact(cells.candidates[0]) > layer.exact(fit.candidates[0]) + 0.005
+    assert fit.stats.keys() == cells.stats.keys()
+    assert fit.sure is None
+
+
+@pytest.mark.parametrize(
+    ("base", "merges", "found"),
+    [(FP16, (FP16,), "fp16"), (BF16, (FP16,), "bf16"), (BF16, (BF16, FP16, BF16), "bf16")],
+    ids=["float16", "bfloat16 in float16 merges", "both formats"],
+)
+def test_formats(base: torch.dtype, merges: tuple[torch.dtype, ...], found: str) -> None:
+    layer = Layer(mu=1.0, base_dtype=base, dtypes=merges, seed=1)
+    recovery = recover(layer)
+    assert recovery.stats["grid"] == found
+    assert recovery.stats["certificate"] == "certified"
+    assert layer.exact(recovery.candidates[0]) > (0.98 if found == "fp16" else 0.985)
+
+
+def test_updates_rounded_before_they_were_added() -> None:
+    layer = Layer((128, 128), (4, 4, 4), mu=30.0, twice=True)
+    recovery = recover(layer)
+    assert "rounded before" in str(recovery.stats["start"])
+    assert recovery.stats["chi"] < 1.1
+    assert layer.exact(recovery.candidates[0]) > 0.9
+
+
+def test_a_base_on_no_grid_leaves_the_lattice_off() -> None:
+    """The answer is the one without cells, to the bit."""
+    layer = Layer(mu=2.0, base_dtype=torch.float32)
+    recovery, before = recover(layer), recover(layer, refine="weighted")
+    assert recovery.stats["predicted_exact"] is None
+    assert recovery.stats["start"] == ""
+    assert recovery.sure is None
+    assert torch.equal(recovery.candidates, before.candidates)
+
+
+def test_two_models_are_never_certified() -> None:
+    layer = Layer(ranks=(3, 3), mu=0.3)
+    recovery = recover(layer)
+    assert recovery.stats["certificate"] == "too_few_models"
+    assert "-M_2 and -M_1" in recovery.status
+    assert recovery.sure is not None and not recovery.sure.any()
+    assert layer.exact(recovery.candidates[0]) > layer.exact(layer.merged[0])
+
+
+@pytest.mark.parametrize("mu", [0.1, 0.3, 1.0])
+def test_one_row_space_for_all_is_never_certified(mu: float) -> None:
+    recovery = recover(Layer(mu=mu, shared_a=True))
+    assert recovery.stats["predicted_exact"] is None or recovery.stats["certificate"] != "certified"
+
+
+def test_a_model_of_another_base_is_left_out() -> None:
+    layer = Layer(ranks=(3,) * 4, mu=1.0)
+    layer.merged[2] = Layer(ranks=(3,), mu=1.0, seed=9).merged[0]
+    recovery = recover(layer)
+    assert recovery.stats["outlier"] == "2"
+    assert recovery.stats["certificate"] == "certified"
+    assert layer.exact(recovery.candidates[0]) > 0.98
+
+
+def test_duplicates_and_zero_updates() -> None:
+    layer = Layer(ranks=(3,) * 4, mu=1.0, norms=(1.0, 1.0, 1.0, 0.0))
+    stack = torch.cat([layer.merged, layer.merged[:1]])
+    assert torch.equal(layer.merged[3], layer.base)
+    recovery = SubspaceIntersection().recover(Observation(stack, None, 0, BF16))
+    assert layer.exact(recovery.candidates[0]) > 0.985
+
+
+def test_stored_zeros_and_subnormals() -> None:
+    """Rows of zeros in the base, and a float16 layer most of whose numbers are subnormal."""
+    pruned_rows = Layer(mu=1.0)
+    ulp = grid_of(BF16).spacing(pruned_rows.base)
+    pruned_rows.base[:5] = 0
+    pruned_rows.merged = (pruned_rows.base + pruned_rows.updates).to(BF16).float()
+    pruned_rows.merged[:, :2] = 0  # both pruned
+    weight = recover(pruned_rows).candidates[0]
+    assert weight.isfinite().all()
+    assert float((weight[5:] == pruned_rows.base[5:]).float().mean()) > 0.97
+    assert float(weight[:2].abs().max()) < float(ulp.median())
+    tiny = Layer(mu=1.0, base_dtype=FP16, dtypes=(FP16,), std=3e-5)
+    assert float((tiny.base.abs() < torch.finfo(FP16).tiny).float().mean()) > 0.9
+    recovery = recover(tiny)
+    # Subnormal numbers are evenly spaced: no weight is rounded finely, and none is lost for being small.
+    assert tiny.exact(recovery.candidates[0]) > tiny.exact(vote(tiny.merged)) + 0.05
+
+
+def test_numbers_that_are_not_what_the_header_says() -> None:
+    """Said to be bfloat16, and float32: taken for what they are."""
+    layer = Layer(mu=30.0)
+    stack = layer.base + layer.updates
+    said = SubspaceIntersection().recover(Observation(stack, None, 0, BF16))
+    plain = SubspaceIntersection().recover(Observation(stack, None, 0, torch.float32))
+    assert torch.equal(said.candidates, plain.candidates)
+    assert said.status == plain.status
+    assert layer.exact(said.candidates[0]) == 1.0
+
+
+def test_scale_is_a_matter_of_units() -> None:
+    layer = Layer(mu=1.0)
+    plain, large = (
+        SubspaceIntersection().recover(Observation(layer.merged * factor, None, 0, BF16)) for factor in (1.0, 2.0**30)
+    )
+    share = float((plain.candidates * 2.0**30 == large.candidates).float().mean())
+    assert share > 0.99  # the closed form it starts from rounds differently at another scale
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    layer = Layer(mu=0.3)
+    assert torch.equal(recover(layer).candidates, recover(layer).candidates)
+
+
+def test_an_unused_grid_is_refused_politely() -> None:
+    """A grid given by hand is for float32 merges too: cells are used only where nothing was prescribed."""
+    layer = Layer(mu=1.0)
+    assert recover(layer, snap="none").candidates.dtype == torch.float64
+    assert math.isfinite(layer.exact(recover(layer, snap="bf16").candidates[0]))
+    assert isinstance(grid_of(BF16), Grid)
