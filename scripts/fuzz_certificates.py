@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowra.errors import LowraError
 from lowra.methods.base import Observation
 from lowra.methods.subspace_intersection import SubspaceIntersection
 
@@ -220,6 +221,9 @@ def main() -> None:
         layer = plant(seed)
         try:
             found = judge(layer)
+        except LowraError:  # updates that share all they have are identical, and so are the merges
+            counts["refused"] += 1
+            continue
         except Exception:
             counts["raised"] += 1
             print(seed, *layer.planted, sep="; ")
