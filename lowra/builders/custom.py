@@ -106,7 +106,7 @@ class PeftFolder:
         parameters = {str(p).rpartition(".")[2] for p in self.config.get("target_parameters") or ()}
         for prefix, found in pairs.items():
             if set(found) != {"A", "B"}:
-                raise LowraError(f"{folder} has only lora_{next(iter(found))} of {prefix!r}; the file is incomplete.")
+                raise LowraError(f"{folder} has only lora_{next(iter(found))} of {prefix!r}; it is incomplete.")
             module = prefix.removeprefix("base_model.model.").replace(".base_layer", "")
             a, b = (tuple(self._file.get_slice(found[part]).get_shape()) for part in "AB")
             candidates = [f"{module}.{parameter}" for parameter in sorted(parameters)]
@@ -238,6 +238,8 @@ class CustomBuilder:
     def _opened(self) -> tuple[Checkpoint, list[OwnAdapter]]:
         base = open_checkpoint(component_folder(self.base), label=self.base)
         paths = [Path(adapter) for adapter in self.adapters]
+        if len(paths) < 2:
+            raise LowraError(f"A data set holds at least 2 LoRAs of one base; got {len(paths)} in builder.adapters.")
         if missing := next((path for path in paths if not path.exists()), None):
             raise LowraError(f"There is no adapter at {missing}.")
         names = adapter_names(paths)

@@ -86,7 +86,10 @@ def test_peft_folders_become_a_data_set_and_merged_checkpoints(tmp_path: Path) -
 
 def test_merges_round_once_or_twice(tmp_path: Path) -> None:
     base = base_model(tmp_path / "base")
-    folder, _ = adapter(base, tmp_path / "a", 1, target_modules=["c_attn"], r=4, lora_alpha=64)
+    folders = [
+        str(adapter(base, tmp_path / name, seed, target_modules=["c_attn"], r=4, lora_alpha=64)[0])
+        for seed, name in enumerate("ab")
+    ]
     for order in ("once", "twice"):
         built = CustomBuilder(str(base), [str(folder)], merged=True, dtype="bfloat16", order=order).build(
             tmp_path / "b"
@@ -106,7 +109,8 @@ def test_parameters_of_experts(tmp_path: Path) -> None:
     assert name is not None
     settings: dict[str, Any] = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"], "r": 2}
     folder, merged = adapter(base, tmp_path / "a", 1, **settings)
-    built = CustomBuilder(str(base), [str(folder)], merged=True).build(tmp_path / "built")
+    other, _ = adapter(base, tmp_path / "b", 2, **settings)
+    built = CustomBuilder(str(base), [str(folder), str(other)], merged=True).build(tmp_path / "built")
     table = open_dataset(built.dataset)
     assert [info.name for info in table.infos] == [f"{name}[{e}]" for e in range(3)]
     own = StoredState(Path(built.report["merged"]) / "a")
@@ -119,19 +123,19 @@ def test_bad_adapters(tmp_path: Path) -> None:
     first, _ = adapter(base, tmp_path / "a", 1, target_modules=["c_attn"], r=2)
     second, _ = adapter(base, tmp_path / "b", 2, target_modules=["c_fc"], r=2)
     with pytest.raises(LowraError, match="There is no adapter at"):
-        CustomBuilder(str(base), [str(tmp_path / "none")]).check()
+        CustomBuilder(str(base), [str(first), str(tmp_path / "none")]).check()
     with pytest.raises(LowraError, match="No layer is changed by all of a, b"):
         CustomBuilder(str(base), [str(first), str(second)]).build(tmp_path / "x")
     weights = first / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:50])
     with pytest.raises(LowraError, match="is no readable PEFT adapter"):
-        CustomBuilder(str(base), [str(first)]).check()
+        CustomBuilder(str(base), [str(first), str(second)]).check()
     weights.write_bytes(whole)
     config = first / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 2', '"r": 5'))
     with pytest.raises(LowraError, match="is 5, and the factors' is 2"):
-        CustomBuilder(str(base), [str(first)]).check()
+        CustomBuilder(str(base), [str(first), str(second)]).check()
     assert load_file(weights)
 
 
@@ -140,8 +144,13 @@ def test_the_benchmark_runs_on_it(tmp_path: Path, configure: Any) -> None:
     with pytest.raises(LowraError, match=r"source\.path=FOLDER, or builder\.base=BASE"):
         make_source(cfg)
     base = base_model(tmp_path / "base")
-    folder, _ = adapter(base, tmp_path / "a", 1, target_modules=["c_attn"], r=2)
-    source = make_source(configure("subset=custom", f"builder.base={base}", f"builder.adapters=[{folder}]"))
+    folders = [
+        str(adapter(base, tmp_path / name, seed, target_modules=["c_attn"], r=2)[0]) for seed, name in enumerate("ab")
+    ]
+    settings = [f"builder.base={base}", f"builder.adapters=[{','.join(folders)}]"]
+    with pytest.raises(LowraError, match="at least 2 LoRAs of one base; got 1"):
+        make_source(configure("subset=custom", settings[0], f"builder.adapters=[{folders[0]}]")).check()
+    source = make_source(configure("subset=custom", *settings))
     source.check()
     data = source.open()
     assert data.base == str(base)
