@@ -123,7 +123,7 @@ class PeftFolder:
                 continue
             if tensor not in state:
                 raise LowraError(
-                    f"{folder} adapts {module!r}, which is no tensor of the base {base.label}; its {len(state)} tensors "
+                    f"{folder} adapts {module!r}, no tensor of the base {base.label}; its {len(state)} tensors "
                     f"are named like {next(iter(state))!r}."
                 )
             place = Place(component, tensor)

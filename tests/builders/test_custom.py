@@ -91,9 +91,7 @@ def test_merges_round_once_or_twice(tmp_path: Path) -> None:
         for seed, name in enumerate("ab")
     ]
     for order in ("once", "twice"):
-        built = CustomBuilder(str(base), [str(folder)], merged=True, dtype="bfloat16", order=order).build(
-            tmp_path / "b"
-        )
+        built = CustomBuilder(str(base), folders, merged=True, dtype="bfloat16", order=order).build(tmp_path / "b")
         own = StoredState(Path(built.report["merged"]) / "a")
         table = open_dataset(built.dataset)
         expected = merge(table.read(0), torch.bfloat16, order)[0]
