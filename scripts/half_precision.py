@@ -345,6 +345,34 @@ def figure(rows: pd.DataFrame, path: Path) -> None:
     plt.close(drawing)
 
 
+def picture(path: Path) -> None:
+    """One weight between two powers of two: three cells, moved back by the updates, leave one number of the grid."""
+    truth, step = 4, 1.0
+    updates, known = (0.9, -1.7, 0.35), (0.07, 0.05, 0.09)
+    drawing, axis = plt.subplots(figsize=(7.2, 2.7))
+    for i in range(9):
+        axis.axvline(i * step, color="0.85" if i != truth else "tab:green", linewidth=1 if i != truth else 2, zorder=0)
+    low, high = -math.inf, math.inf
+    for level, (update, spread) in enumerate(zip(updates, known, strict=True)):
+        stored = round(truth + update)
+        left, right = stored - 0.5 - update, stored + 0.5 - update
+        y = 2 - level
+        axis.barh(y, right - left, left=left, height=0.38, color="tab:blue", alpha=0.55)
+        for edge in (left, right):
+            axis.barh(y, 4 * spread, left=edge - 2 * spread, height=0.38, color="tab:blue", alpha=0.2)
+        axis.text(-0.15, y, f"cell of $W'_{level + 1}$, moved by $-M_{level + 1}$", ha="right", va="center", fontsize=9)
+        low, high = max(low, left - 2 * spread), min(high, right + 2 * spread)
+    axis.barh(-1, high - low, left=low, height=0.38, color="tab:orange", alpha=0.8)
+    axis.text(-0.15, -1, "what fits all three", ha="right", va="center", fontsize=9)
+    axis.text(truth, 2.55, "W", ha="center", fontsize=11, color="tab:green")
+    axis.set(xlim=(0, 8), ylim=(-1.5, 2.9), yticks=[], xticks=range(9), xticklabels=[])
+    axis.set_xlabel("numbers of the grid")
+    for side in ("left", "right", "top"):
+        axis.spines[side].set_visible(False)
+    drawing.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    plt.close(drawing)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -352,8 +380,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--beside", type=int, default=SEEDS_BESIDE, help="seeds of the slow methods beside ours")
     parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--picture", type=Path, help="draw the cells of one weight into this file, and nothing else")
     parser.add_argument("--out", type=Path, default=Path("results/half_precision"))
     arguments = parser.parse_args()
+    if arguments.picture:
+        picture(arguments.picture)
+        return
     table = arguments.out / "cases.csv"
     if not arguments.report:
         run(arguments.groups or list(GROUPS), arguments.seeds, arguments.beside, table)
