@@ -112,7 +112,14 @@ def effective_variances(sites: Sites, ranks: Sequence[int], before: Variances | 
     step = max(1, 2**18 // (n * (k // across)))
     rows = torch.cat(
         [
-            solved(sites, (slice(s, s + step), slice(None, None, across)), ranks, 2, before and before.by_row[:, s : s + step], k)
+            solved(
+                sites,
+                (slice(s, s + step), slice(None, None, across)),
+                ranks,
+                2,
+                None if before is None else before.by_row[:, s : s + step],
+                k,
+            )
             for s in range(0, d, step)
         ],
         1,
@@ -120,7 +127,14 @@ def effective_variances(sites: Sites, ranks: Sequence[int], before: Variances | 
     step = max(1, 2**18 // (n * (d // down)))
     columns = torch.cat(
         [
-            solved(sites, (slice(None, None, down), slice(s, s + step)), ranks, 1, before and before.by_column[:, s : s + step], d)
+            solved(
+                sites,
+                (slice(None, None, down), slice(s, s + step)),
+                ranks,
+                1,
+                None if before is None else before.by_column[:, s : s + step],
+                d,
+            )
             for s in range(0, k, step)
         ],
         1,
@@ -164,7 +178,6 @@ class Quadratic:
 
     def product(self, change: Factors) -> Factors:
         """The Gauss-Newton matrix times a change."""
-        n, d, k = self.sites.precision.shape
         here = self.factors
         lefts = [self._joined(a, b, first=True) for a, b in zip(change.left, here.left, strict=True)]
         rights = [self._joined(a, b, first=False) for a, b in zip(here.right, change.right, strict=True)]

@@ -54,7 +54,9 @@ def choose_part(shape: tuple[int, int], rank: int, generator: torch.Generator, d
         rows = min(d, max(rows, math.ceil(1 / max(share - 1 / columns, 1 / d))))
     if d * k <= SMALL or rows * columns > WORTH * d * k:
         return None
-    picked = [torch.randperm(size, generator=generator)[:count].sort().values for size, count in ((d, rows), (k, columns))]
+    picked = [
+        torch.randperm(size, generator=generator)[:count].sort().values for size, count in ((d, rows), (k, columns))
+    ]
     return Part(*(index.to(device) for index in picked))
 
 
@@ -65,7 +67,9 @@ def extended(cells: Cells, part: Part, factors: Factors, generator: torch.Genera
     lefts = factors.left
     if len(part.rows) < d:
         strip = replace(cells, stack=cells.stack.index_select(2, part.columns), held=None)
-        found = one_side(strip, Factors(tuple(f.new_zeros(d, r) for f, r in zip(lefts, ranks, strict=True)), factors.right), "left")
+        found = one_side(
+            strip, Factors(tuple(f.new_zeros(d, r) for f, r in zip(lefts, ranks, strict=True)), factors.right), "left"
+        )
         lefts = found.left
     if len(part.columns) == k:
         return Factors(lefts, factors.right).balanced()
@@ -79,7 +83,9 @@ def extended(cells: Cells, part: Part, factors: Factors, generator: torch.Genera
         _, vectors = torch.linalg.eigh((part_left.mT @ part_left).double())
         turned.append(left @ vectors.to(left.dtype))
         here.append(turned[-1][rows])
-    found = one_side(strip, Factors(tuple(here), tuple(f.new_zeros(k, r) for f, r in zip(here, ranks, strict=True))), "right")
+    found = one_side(
+        strip, Factors(tuple(here), tuple(f.new_zeros(k, r) for f, r in zip(here, ranks, strict=True))), "right"
+    )
     return Factors(tuple(turned), found.right).balanced()
 
 
@@ -95,9 +101,7 @@ def one_side(cells: Cells, factors: Factors, side: str) -> Factors:
     return factors.moved(model.step(down, variances, EXTENSION_ITERATIONS, EXTENSION_TOLERANCE), 1.0)
 
 
-def extra_directions(
-    cells: Cells, factors: Factors, count: int, generator: torch.Generator
-) -> Factors:
+def extra_directions(cells: Cells, factors: Factors, count: int, generator: torch.Generator) -> Factors:
     """Factors with `count` more directions a model, the largest of what they leave over.
 
     A part of the layer does not see directions that the whole layer does.
@@ -114,4 +118,3 @@ def extra_directions(
         lefts.append(torch.cat([left, left_new], 1))
         rights.append(torch.cat([right, rest.mT @ left_new], 1))
     return Factors(tuple(lefts), tuple(rights)).balanced()
-

@@ -100,7 +100,9 @@ class HalfAnswer:
         elif self.deviation < DEVIATION:
             why = f"predicts stored numbers held out worse than it should, by {-self.deviation:.2f} nats"
         else:
-            why = f"fits the numbers it was made from much better than numbers held out ({-self.overconfidence:.2f} nats)"
+            why = (
+                f"fits the numbers it was made from much better than numbers held out ({-self.overconfidence:.2f} nats)"
+            )
         return f"Not certified: the best explanation found {why}. If it is right: {share}."
 
 
@@ -187,7 +189,9 @@ class Recoverer:
                 more = 8 + max(factors.ranks) // 4 if self.hint is None else self.hint - min(factors.ranks)
                 factors = levels.extra_directions(whole, factors, more, self.generator)
             good = max(run.misfit) <= MISFIT
-            run = converge(whole, factors, FINISH if good else FROM_NEARBY, most=len(FINISH) + 1 if good else MOST, good=good)
+            run = converge(
+                whole, factors, FINISH if good else FROM_NEARBY, most=len(FINISH) + 1 if good else MOST, good=good
+            )
         decoded, certified = run.decoded, certifiable(run, n)
         if not certified or decoded.predicted < EASY:
             alone = self._unfitted(whole)
@@ -206,7 +210,8 @@ class Recoverer:
         *,
         certified: bool = False,
     ) -> HalfAnswer:
-        assert decoded.weight is not None and decoded.chance is not None
+        assert decoded.weight is not None
+        assert decoded.chance is not None
         return HalfAnswer(
             weight=decoded.weight.div_(scale),
             chance=decoded.chance,
@@ -226,7 +231,9 @@ class Recoverer:
             tried=tried,
         )
 
-    def _chosen(self, cells: Cells, estimate: Tensor | None, tried: dict[str, float], label: str = "") -> tuple[str, Run]:
+    def _chosen(
+        self, cells: Cells, estimate: Tensor | None, tried: dict[str, float], label: str = ""
+    ) -> tuple[str, Run]:
         """The start whose rounds predict the held-out cells best."""
         best: tuple[str, Run] | None = None
         n = len(cells.stack)
@@ -253,7 +260,13 @@ class Recoverer:
         counted = math.ceil(OVER * self.counted) + 4
         rank = min(room, self.hint if self.hint is not None else max(RANK, counted))
         if estimate is not None:
-            yield "closed form", estimate, min(room, self.hint if self.hint is not None else counted), FROM_NEARBY, False
+            yield (
+                "closed form",
+                estimate,
+                min(room, self.hint if self.hint is not None else counted),
+                FROM_NEARBY,
+                False,
+            )
         if faint < VOTE or estimate is None:
             yield "vote", vote(cells.stack), rank, AT_ONCE if faint < FAINT else FROM_AFAR, False
         if estimate is not None:
@@ -263,7 +276,8 @@ class Recoverer:
 
     def _coarser(self, cells: Cells, run: Run) -> tuple[Cells, Run, torch.dtype]:
         """W on bfloat16's grid rather than float16's, where its sure weights all but lie there."""
-        assert run.decoded.weight is not None and run.decoded.chance is not None
+        assert run.decoded.weight is not None
+        assert run.decoded.chance is not None
         sure = run.decoded.weight[run.decoded.chance > SURE]
         coarse = grid_of(torch.bfloat16, cells.scale)
         if len(sure) and float((coarse.nearest(sure) == sure).float().mean()) > COARSER:
@@ -286,7 +300,8 @@ class Recoverer:
         variances = Variances(variance.expand(n, d), variance.expand(n, k))
         sites = plain_sites(cells, MEDIAN * 1e-6)
         decoded = Sweep(cells, sites, nothing, variances, (0.0,) * n, MEDIAN).run(last=True)
-        assert decoded.weight is not None and decoded.chance is not None
+        assert decoded.weight is not None
+        assert decoded.chance is not None
         voted = cells.base.nearest(vote(cells.stack) * cells.scale)
         # Where the posterior prefers another number, the vote's has at most what is left.
         torch.where(voted == decoded.weight, decoded.chance, decoded.chance.neg().add_(1), out=decoded.chance)
