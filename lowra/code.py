@@ -35,15 +35,21 @@ def module_of(target: Any) -> str:
 
 
 @functools.cache
-def code_digest(module: str) -> str:
+def code_digest(module: str, within: str = "lowra") -> str:
     """Sixteen hex digits of the source of a module and of the modules it imports, transitively.
+
+    within: of lowra's own modules only those of this package count.
 
     Code without a file (typed at a prompt) has a digest of its own in every process: nothing of it is ever reused.
     """
     path = _file_of(module)
     if path is None:
         return digest(f"{module}|{_UNREADABLE}")
-    files = closure(module)
+    files = {
+        name: file
+        for name, file in closure(module).items()
+        if not name.startswith("lowra.") or f"{name}.".startswith(f"{within}.")
+    }
     return digest(b"".join(f"{name}\n".encode() + file.read_bytes() for name, file in sorted(files.items())))
 
 

@@ -12,7 +12,8 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ from lowra.records import COORDINATES, LAYER_FIELDS, SCORE, KeptWeights, Store, 
 # at this many bytes a second. (One candidate of LoRA FT is one of the merges: nothing is gained by keeping that.)
 DISK_BYTES_PER_SECOND = 2e8
 
+# Layers of up to so many weights (1024 x 1024) are recovered on one thread.
+ONE_THREAD = 2**20
+
 
 class WroteIntoStack(Exception):
     """A method changed the merged weights it was given."""
@@ -53,12 +57,32 @@ class LayerJudge:
     merge_dtype: str
     merge_order: str
     foreign: int
+    threads: int
     device: str
     digests: bool
     keep: KeptWeights | None
 
     def judge(self, task: Task) -> list[dict[str, Any]]:
         """One layer of one draw by all the task's variants: the measured part of a record each, in their order."""
+        with self._threads(task) as threads:
+            return [found | {"threads": threads} for found in self._judged(task)]
+
+    @contextmanager
+    def _threads(self, task: Task) -> Iterator[int]:
+        """The threads a layer is recovered with, however many there are: one where it is small.
+
+        Sums divide among threads in other places, which moves last bits, and with them the path of methods that decide
+        by them. Small layers are no faster with more.
+        """
+        info = self.table.infos[task.index]
+        threads = self.threads if info.d * info.k > ONE_THREAD else 1
+        torch.set_num_threads(threads)
+        try:
+            yield threads
+        finally:
+            torch.set_num_threads(self.threads)
+
+    def _judged(self, task: Task) -> list[dict[str, Any]]:
         layer = self.table.read(task.index, task.draw.models)
         merged = merge(layer, merge_dtype(self.merge_dtype), self.merge_order)
         floor = floor_error(merged, layer)
@@ -75,8 +99,9 @@ class LayerJudge:
 
     def weights(self, task: Task) -> list[Tensor]:
         """The candidates (d, k) of the task's first variant, recovered again. Raises LowraError where it fails."""
-        layer = self.table.read(task.index, task.draw.models)
-        found, candidates = self._recover(self.methods[task.variants[0]], self._observe(layer, task), layer)
+        with self._threads(task):
+            layer = self.table.read(task.index, task.draw.models)
+            found, candidates = self._recover(self.methods[task.variants[0]], self._observe(layer, task), layer)
         if candidates is None:
             raise LowraError(f"Method {task.variants[0]!r} {found['status']} in a layer that it recovered before.")
         return [candidate.float() for candidate in candidates]

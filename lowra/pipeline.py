@@ -18,7 +18,7 @@ from lowra import pool, reporting
 from lowra.bench.draws import Draw
 from lowra.judge import LayerJudge, ModelJudge
 from lowra.plan import Plan, Task, in_shard, shard_of
-from lowra.records import LAYER, SCORE, Store, tables
+from lowra.records import LAYER, SCORE, KeptWeights, Store, tables
 
 REFRESH_SECONDS = 2.0  # between looks at what other processes have finished
 TABLES_SECONDS = 2.0  # at least so long between two writings of the tables while a run is under way, ...
@@ -44,17 +44,7 @@ def run(cfg: DictConfig) -> Outcome:
         print(f"{done} of {len(keys)} recovered layers are there from an earlier run.", file=sys.stderr)
     jobs, threads = workers(plan, len(keys) - done)
     store.open(plan.context(jobs, threads))
-    weights = store.weights if plan.metrics else None
-    judge = LayerJudge(
-        table=plan.data.table,
-        methods={name: variant.method for name, variant in plan.variants.items()},
-        merge_dtype=cfg.merge.dtype,
-        merge_order=cfg.merge.order,
-        foreign=cfg.merge.foreign,
-        device=str(plan.device),
-        digests=plan.data.base is not None,
-        keep=weights,
-    )
+    judge = layer_judge(plan, threads, store.weights if plan.metrics else None)
     outcome = Outcome(plan.folder)
     models = ModelJudge(plan, store, judge)
     shard = shard_of(cfg.shard)
@@ -73,6 +63,21 @@ def run(cfg: DictConfig) -> Outcome:
     for sentence in outcome.failures:
         print(sentence, file=sys.stderr)
     return outcome
+
+
+def layer_judge(plan: Plan, threads: int, keep: KeptWeights | None = None) -> LayerJudge:
+    """The judge of a plan's layers. keep: where recovered weights wait for metrics, None keeps none."""
+    return LayerJudge(
+        table=plan.data.table,
+        methods={name: variant.method for name, variant in plan.variants.items()},
+        merge_dtype=plan.cfg.merge.dtype,
+        merge_order=plan.cfg.merge.order,
+        foreign=plan.cfg.merge.foreign,
+        threads=threads,
+        device=str(plan.device),
+        digests=plan.data.base is not None,
+        keep=keep,
+    )
 
 
 def workers(plan: Plan, records: int) -> tuple[int, int]:

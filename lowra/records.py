@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowra.code import digest
 from lowra.errors import LowraError
+from lowra.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +62,7 @@ LAYER_FIELDS: dict[str, str] = {
     "merge_order": "string",
     "knows_rank": "bool",
     "device": "string",
+    "threads": "int64",
     "layer_model": "string",
     "layer_name": "string",
     "layer_type": "string",
@@ -98,19 +100,6 @@ LAYER_NAME = ("layer_model", "layer_name")
 def key_of(settings: Mapping[str, Any]) -> str:
     """The key of a record: a digest of everything that decides its numbers, in canonical JSON."""
     return digest(json.dumps(settings, sort_keys=True, default=str))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def temporary_beside(path: Path) -> Path:
-    """A name for writing `path`, hidden and unlike any other process's or thread's."""
-    return path.with_name(f".{path.name[:80]}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
 # ---- JSON with the numbers it lacks -----------------------------------------------------------------------------
@@ -332,10 +321,8 @@ class KeptWeights:
         path = self._path(name)
         if path.exists():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_beside(path)
-        save_file({"weight": weight.contiguous()}, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file({"weight": weight.contiguous()}, temporary)
 
     def get(self, name: str) -> Tensor | None:
         """A kept weight, memory-mapped, or None where it is not there (or no longer)."""
@@ -388,10 +375,8 @@ def write_records(records: Sequence[Mapping[str, Any]], contexts: Mapping[str, A
     metadata = {"lowra.format": str(FORMAT), "lowra.contexts": dumps(dict(contexts))}
     columns = {name: [record.get(name) for record in records] for name in fields}
     table = pa.table(columns, schema=schema).replace_schema_metadata(metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
-    pq.write_table(table, temporary, compression="zstd", compression_level=9)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", compression_level=9)
 
 
 # ---- Many folders: what reports read ----------------------------------------------------------------------------

@@ -55,18 +55,32 @@ def main() -> None:
         description="Make tables and figures from records. One folder: write them into it. Several folders of the same "
         "data: print one table of them all, and say which records came from where.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs/SUBSET/SOURCE or an exported one")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="runs/SUBSET/SOURCE or an exported one")
     parser.add_argument("--summary", action="store_true", help="only print one Markdown table of all the folders")
     parser.add_argument(
         "--to", type=Path, metavar="FOLDER", help="write the records, compactly, and tables and figures"
     )
     parser.add_argument("--page", type=Path, metavar="FILE", help="write everything as one HTML page, of any folders")
+    parser.add_argument(
+        "--verify",
+        type=Path,
+        metavar="FOLDER",
+        help="check an entry to the leaderboard and run one of its draws and layers again (this runs its code)",
+    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of lowra.run for --verify")
     arguments = parser.parse_args()
+    if bool(arguments.folders) == bool(arguments.verify):
+        parser.error("give FOLDERs to report, or --verify FOLDER")
     tell_mistakes(lambda: work(arguments))
 
 
 def work(arguments: argparse.Namespace) -> None:
     """What the command line asks for."""
+    if arguments.verify:
+        from lowra.submission import verify
+
+        print(verify(arguments.verify, arguments.set))
+        return
     from lowra import reporting
     from lowra.reporting import tables
     from lowra.reporting.export import export

@@ -328,7 +328,8 @@ def calibration(ours: pd.DataFrame) -> list[str]:
         f"median {gap.median():+.4f}, 5% to 95% {gap.quantile(0.05):+.4f} to {gap.quantile(0.95):+.4f}, "
         f"extremes {gap.min():+.4f} to {gap.max():+.4f}; "
         f"within .01 in {(gap.abs() <= 0.01).mean():.1%}, within .02 in {(gap.abs() <= 0.02).mean():.1%}. "
-        f"Of the weights called sure in certified layers {right:.5%} are right, in the worst layer {certified.sure_exact.min():.4%}."
+        f"Of the weights called sure in certified layers {right:.5%} are right, in the worst layer "
+        f"{certified.sure_exact.min():.4%}."
     )
     lines += ["", "| planted | layers | certified | overstated by more than .02 |", "|---|---|---|---|"]
     for plant, some in ours.assign(

@@ -51,6 +51,13 @@ def test_the_exact_method_notices_spectral_detuning() -> None:
     assert "lowra.methods.subspace_intersection" not in closure("lowra.methods.spectral_detuning")
 
 
+def test_a_part_of_lowra_may_be_all_that_counts(package: Path) -> None:
+    builders = code_digest("lowra.builders.vit", within="lowra.builders")
+    assert builders != code_digest("lowra.builders.vit")
+    assert builders != code_digest("lowra.builders.vit", within="lowra.builders.vit")
+    assert code_digest("own_method", within="lowra.builders") != code_digest("own_method")  # without lowra.errors
+
+
 def test_commands_and_tables_decide_no_number() -> None:
     for name in ("lowra.methods.subspace_intersection", "lowra.bench.merging", "lowra.metrics.weight_error"):
         assert not {"lowra.run", "lowra.pipeline", "lowra.records", "lowra.reporting"} & set(closure(name))

@@ -43,6 +43,7 @@ def layer(key: str, **fields: Any) -> dict[str, Any]:
         "merge_order": "once",
         "knows_rank": True,
         "device": "cpu",
+        "threads": 1,
         "layer_model": "",
         "layer_name": f"layer.{key}",
         "layer_type": "q",

@@ -150,12 +150,13 @@ class Recipe:
         folder = self.folder(builder)
         if self.miniature:  # dozens of tiny models are loaded; a progress bar for each would drown ours
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        made = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            made = True
             return builder.build(folder)
         except OSError as error:
-            where = str(error.filename)
-            if folder.is_dir() and not where.startswith(str(folder.parent)):
+            if made and not str(error.filename).startswith(str(folder.parent)):
                 raise  # a file of somewhere else
             raise LowraError(
                 f"The cache folder {str(folder.parent)[:80]!r} cannot be used ({error.strerror}); "
@@ -186,6 +187,13 @@ class Build(Recipe):
     """The subset at full size, by the recipes of Appendix D."""
 
     caption = "LoRAs built at full size by this project's recipes"
+
+
+@dataclass(frozen=True)
+class Own(Recipe):
+    """One's own LoRAs on one's own base (`lowra.builders.custom`)."""
+
+    caption = "LoRAs of one's own"
 
 
 @dataclass(frozen=True)
@@ -293,9 +301,13 @@ def make_source(cfg: DictConfig) -> Source:
 
     Raises LowraError for settings that it does not have or cannot use, and for subset=custom anywhere but on disk.
     """
+    if cfg.subset.name == "custom" and cfg.source.name in ("mini", "build") and cfg.builder.base is not None:
+        # One's own adapters: read, not trained, so that there is no miniature of them.
+        fields = {"subset": cfg.subset, "builder": cfg.builder, "cache_dir": cfg.cache_dir}
+        return make_as(Own, {"name": "build", **fields}, "source")
     if cfg.subset.name == "custom" and cfg.source.name != "published":
         raise LowraError(
             f"subset=custom is read from disk and cannot come from source={cfg.source.name}: "
-            "give source=published source.path=FOLDER."
+            "give source=published source.path=FOLDER, or builder.base=BASE builder.adapters='[A,B,C]'."
         )
     return make(cfg.source, "source")

@@ -52,6 +52,7 @@ class Builder(Protocol):
 def recipe_key(builder: Any) -> str:
     """Twelve hex digits that name a recipe: the builder's class, its code, all its fields and lowra's version.
 
+    Of the code what is in this package counts: full-size models are not trained again for a change in what reads them.
     A field with `metadata={"recipe": False}` says what to build now, not what the subset is, and is left out.
     """
     recipe = dataclasses.asdict(builder)
@@ -59,5 +60,5 @@ def recipe_key(builder: Any) -> str:
         if not spec.metadata.get("recipe", True):
             del recipe[spec.name]
     kind = type(builder)
-    parts = [__version__, kind.__qualname__, code_digest(kind.__module__), recipe]
+    parts = [__version__, kind.__qualname__, code_digest(kind.__module__, within="lowra.builders"), recipe]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]

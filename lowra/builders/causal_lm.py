@@ -35,7 +35,7 @@ from lowra.builders.base import Built, recipe_key
 from lowra.builders.causal_lm_mini import DocumentationPreferences, Miniature
 from lowra.builders.peft_adapters import lora_layers
 from lowra.builders.stages import finished, stage
-from lowra.checkpoints.stored import component_folder
+from lowra.checkpoints.reading import component_folder
 from lowra.checks import (
     Count,
     Filled,

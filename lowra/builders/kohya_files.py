@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowra.bench.updates import Update, check_alpha, check_rank
-from lowra.checkpoints.stored import component_folder
+from lowra.checkpoints.reading import component_folder
 from lowra.errors import LowraError
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowra.bench.schema import Layer
 from lowra.bench.updates import Update, check_alpha, check_rank
-from lowra.checkpoints.stored import StoredState
+from lowra.checkpoints.reading import StoredState
 from lowra.errors import LowraError
 
 _FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")

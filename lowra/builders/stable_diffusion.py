@@ -20,7 +20,7 @@ from lowra.builders.base import Built
 from lowra.builders.kohya_files import LoraFile, Module, expected_modules
 from lowra.builders.stable_diffusion_mini import Miniature
 from lowra.builders.stages import stage
-from lowra.checkpoints.stored import component_folder, load_state_dict, resolve
+from lowra.checkpoints.reading import component_folder, load_state_dict, resolve
 from lowra.checks import Count, Positive, Range, check_fields
 from lowra.errors import LowraError
 

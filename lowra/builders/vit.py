@@ -38,7 +38,7 @@ from lowra.builders.stages import stage
 from lowra.builders.vit_mini import Miniature
 from lowra.builders.vit_pictures import TASKS
 from lowra.checkpoints.detect import changed_weights
-from lowra.checkpoints.stored import StoredState, component_folder
+from lowra.checkpoints.reading import StoredState, component_folder
 from lowra.checks import (
     Count,
     Filled,

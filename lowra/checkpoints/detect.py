@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowra.checkpoints.stored import StoredState
+from lowra.checkpoints.reading import StoredState
 from lowra.errors import LowraError
 
 

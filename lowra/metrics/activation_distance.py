@@ -17,11 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowra.bench.images import SUFFIXES, image_processor, open_image, pixel_values
-from lowra.checkpoints.stored import StoredState, component_folder, with_weights
+from lowra.checkpoints.reading import StoredState, component_folder, with_weights
 from lowra.checks import Count, Name, OneOf, check_fields
 from lowra.digests import file_digest
 from lowra.errors import LowraError
-from lowra.metrics.base import REFERENCE, Weights, digest, whole_file
+from lowra.files import replacing
+from lowra.metrics.base import REFERENCE, Weights, digest
 from lowra.packages import require
 from lowra.quiet import quiet
 
@@ -99,7 +100,7 @@ class ActivationDistance:
         """The base model's activations on all images; `activation_distance_images.txt` in `artifacts` lists these."""
         paths = self.image_paths(evaluation)
         if artifacts is not None:
-            with whole_file(artifacts / "activation_distance_images.txt") as temporary:
+            with replacing(artifacts / "activation_distance_images.txt") as temporary:
                 temporary.write_text("".join(f"{path.parent.name}/{path.name}\n" for path in paths))
         return ActivationScorer(self, component_folder(base), paths, device)
 
@@ -159,7 +160,7 @@ def load_vit(config: Any, state: dict[str, Tensor]) -> Any:
             None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
         )
     model, info = loaded
-    if wrong := sorted(info["missing_keys"] | info["unexpected_keys"]):
+    if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
         raise LowraError(
             f"The base checkpoint does not fit ViTForImageClassification: {wrong[0]!r} is missing or left over "
             f"({len(wrong)} such weights); give the base model with its classifier."

@@ -30,11 +30,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lowra.checkpoints.stored import component_folder, load_state_dict, with_weights
+from lowra.checkpoints.reading import component_folder, load_state_dict, with_weights
 from lowra.checks import Count, Name, OneOf, Range, Seed, Weight, check_fields
 from lowra.digests import file_digest
 from lowra.errors import LowraError
-from lowra.metrics.base import REFERENCE, Weights, digest, whole_file, write_json
+from lowra.files import replacing
+from lowra.metrics.base import REFERENCE, Weights, digest, write_json
 from lowra.packages import require
 from lowra.quiet import quiet
 
@@ -304,7 +305,7 @@ class LpipsScorer:
         drawn = torch.cat(pictures)
         if self.artifacts is not None and label is not None:
             for i, picture in enumerate(drawn):
-                with whole_file(self.artifacts / label / f"{i:03d}.png") as temporary:
+                with replacing(self.artifacts / label / f"{i:03d}.png") as temporary:
                     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary)
         return drawn
 

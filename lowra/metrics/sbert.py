@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowra.checkpoints.stored import StoredState, component_folder, with_weights
+from lowra.checkpoints.reading import StoredState, component_folder, with_weights
 from lowra.checks import Count, Name, OneOf, Positive, Range, Seed, check_fields
 from lowra.digests import file_digest
 from lowra.errors import LowraError
@@ -282,7 +282,7 @@ class SbertScorer:
                 output_loading_info=True,
             )
         if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-            raise LowraError(f"The base checkpoint in {self.state.folder} does not fit its config.json: {wrong[0]!r}.")
+            raise LowraError(f"The base checkpoint in {self.state.place} does not fit its config.json: {wrong[0]!r}.")
         return model.eval().to(self.device)
 
     def _embed(self, texts: Sequence[str]) -> Tensor:

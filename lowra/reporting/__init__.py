@@ -29,9 +29,9 @@ def write(records: Records, folder: Path, *, methods_order: Sequence[str] | None
     Raises LowraError when there are no records or the folder cannot be written to.
     """
     from lowra.errors import LowraError
+    from lowra.files import write_text
     from lowra.reporting import tables
     from lowra.reporting.escape import markdown_caption, markdown_text, slug
-    from lowra.reporting.files import write_text
     from lowra.reporting.views import views
 
     found = views(records, methods_order)
@@ -123,7 +123,7 @@ def _parquet(found: Sequence[View], folder: Path) -> None:
 
 def write_frame(table: pd.DataFrame, path: Path) -> None:
     """Write a frame as parquet; a column of several types (a method's own statistics) becomes text."""
-    from lowra.reporting.files import replacing
+    from lowra.files import replacing
 
     for column in table.columns:
         if table[column].dtype == object and not column.startswith(("models", "weights")):

@@ -23,9 +23,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lowra.files import replacing
 from lowra.metrics.weight_error import EXACT
 from lowra.reporting.escape import plot_text
-from lowra.reporting.files import replacing
 from lowra.reporting.numbers import number
 from lowra.reporting.views import View
 
@@ -203,10 +203,15 @@ def predicted(views: Sequence[View]) -> Figure | None:
     low, high = both.min().min() - 0.5, both.max().max() + 0.5
     exact = int((known["w_error"] <= EXACT).sum())
     axes.plot([low, high], [low, high], lw=0.8, color="grey")
+    # What follows the prediction (a weighted fit, rounding to a grid) only helps: below the line is as promised.
+    axes.fill_between([low, high], [low, high], [low, low], color="#009E73", alpha=0.08, lw=0)
+    at = {"transform": axes.transAxes, "fontsize": 8, "color": "#555555"}
+    axes.text(0.97, 0.04, "better than predicted", ha="right", **at)
+    axes.text(0.03, 0.94, "worse than predicted", **at)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     note = f"\n({exact} exactly recovered layers are below the axes)" if exact else ""
-    axes.set_xlabel("W-Error the method predicts without the truth" + note)
-    axes.set_ylabel("W-Error")
+    axes.set_xlabel("W-Error predicted without the truth,\nbefore a weighted fit and rounding to a grid" + note)
+    axes.set_ylabel("W-Error of what is returned")
     _legend(figure, axes)
     return figure
 

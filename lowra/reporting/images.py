@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 from lowra.errors import LowraError
+from lowra.files import replacing
 from lowra.reporting.escape import clean, plot_text
 from lowra.reporting.figures import style
-from lowra.reporting.files import replacing
 
 CELL_INCHES = 1.5
 

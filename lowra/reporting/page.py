@@ -20,11 +20,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lowra.errors import LowraError
+from lowra.files import write_text
 from lowra.records import Records
 from lowra.reporting import figures, tables
 from lowra.reporting.escape import clean, html_caption
 from lowra.reporting.exhibits import EXHIBITS, TRACKS, Exhibit, Shown, leaderboard, plain
-from lowra.reporting.files import write_text
 from lowra.reporting.numbers import count, duration, number, pair, share
 from lowra.reporting.paper import paper, paper_numbers
 from lowra.reporting.statistics import RESAMPLES, comparison_table, comparisons

@@ -16,8 +16,8 @@ from itertools import groupby
 from pathlib import Path
 
 from lowra.errors import LowraError
+from lowra.files import write_text
 from lowra.reporting.escape import html_text, markdown_text
-from lowra.reporting.files import write_text
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }

@@ -31,6 +31,6 @@ def test_a_recipes_key_is_all_that_decides_the_subset() -> None:
 def test_a_recipes_key_follows_the_builders_code(monkeypatch: pytest.MonkeyPatch) -> None:
     before = recipe_key(Recipe(4, Inner(8)))
     asked = []
-    monkeypatch.setattr(base, "code_digest", lambda module: asked.append(module) or "edited")
+    monkeypatch.setattr(base, "code_digest", lambda module, within: asked.append(module) or "edited")
     assert recipe_key(Recipe(4, Inner(8))) != before
     assert asked == [Recipe.__module__]

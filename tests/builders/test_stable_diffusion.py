@@ -22,7 +22,7 @@ from lowra.builders.stable_diffusion_pictures import (
     random_scenes,
     style_statistics,
 )
-from lowra.checkpoints.stored import component_folder, load_state_dict
+from lowra.checkpoints.reading import component_folder, load_state_dict
 from lowra.checks import make
 from lowra.errors import LowraError
 from lowra.paths import conf_dir, register_resolvers

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from lowra.checkpoints.detect import changed_weights
-from lowra.checkpoints.stored import StoredState
+from lowra.checkpoints.reading import StoredState
 from lowra.errors import LowraError
 
 

@@ -177,7 +177,7 @@ def test_decoding_is_the_posterior_over_all_numbers() -> None:
     stored = grid.nearest(truth + update)
     centre, half = grid.cell(stored)
     target = centre - update + error
-    site = decode(grid, target, half, deviation.square(), 1e9, normal=False)
+    site = decode(grid, target, half, deviation.square(), limit=1e9, normal=False)
     numbers = every_number(BF16, 2.0**12)
     numbers = numbers[numbers.abs() < 2e4]
     for i in range(0, q, 7):

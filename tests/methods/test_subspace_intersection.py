@@ -16,6 +16,7 @@ from torch import Tensor
 from lowra.errors import LowraError
 from lowra.methods.base import Observation, Recovery
 from lowra.methods.subspace_intersection import SubspaceIntersection, closed_form, grid, problem, ranges
+from lowra.methods.subspace_intersection.certificates import Certificate
 from lowra.methods.subspace_intersection.intersection import rank_at_gap
 from lowra.methods.subspace_intersection.noise import rounding_noise, stored_as, ulp
 from lowra.methods.subspace_intersection.ranges import Difference, row_space, thin_svd, triplets
@@ -467,6 +468,179 @@ def test_a_component_common_to_all_is_invisible_but_for_the_hint() -> None:
     assert log_error(recovery.candidates[0], layer.base + common) < -17  # exactly W plus the component
 
 
+def rank_one(shape: tuple[int, int], rms: float = UPDATE_STD, seed: int = 9) -> Tensor:
+    """A matrix u v^T (d, k)."""
+    component = Layer(shape, [1], seed=seed).updates[0]
+    return component * (rms / component.square().mean().sqrt())
+
+
+def test_a_component_of_two_of_three_is_what_the_sentence_leaves_open() -> None:
+    # M_0 and M_1 share u v^T: W + u v^T needs ranks 3, 3, 5, less than the truth's 4, 4, 4. Nobody can tell.
+    layer, common = Layer((64, 64), [3, 3, 4], decay=0.1), rank_one((64, 64))
+    layer.merged = (layer.base + layer.updates + torch.stack([common, common, 0 * common])).float()
+    untold = recover(layer, snap="none", refine="none")
+    assert untold.stats["ranks"] == "3,3,5"
+    assert log_error(untold.candidates[0], layer.base + common) < -17
+    assert "up to a component that half of the updates or more share in columns or rows" in untold.status
+    # Told the rank, truthfully, it is known that something is wrong.
+    told = recover(layer, rank=4, snap="none", refine="none")
+    assert told.stats["certificate"] == "inconsistent"
+    assert "ranks 3, 3, 5, not the granted 4" in told.status
+
+
+def test_the_explanation_of_the_rank_granted_is_found_beside_the_simpler_one() -> None:
+    layer, common = Layer((64, 64), [3, 3, 3, 4, 4], decay=0.1), rank_one((64, 64))
+    layer.merged = (layer.base + layer.updates + torch.stack([common] * 3 + [0 * common] * 2)).float()
+    simpler = recover(layer, snap="none", refine="none")
+    assert simpler.stats["ranks"] == "3,3,3,5,5"
+    told = recover(layer, rank=4, snap="none", refine="none")
+    assert (told.stats["ranks"], told.stats["certificate"]) == ("4,4,4,4,4", "shared")
+    assert "another one explains the merges by fewer ranks (3, 3, 3, 5, 5)" in told.status
+    assert log_error(told.candidates[0], layer.base) == pytest.approx(told.stats["predicted_w_error"], abs=0.2)
+
+
+def test_a_sum_of_two_updates_is_what_the_sentence_leaves_open() -> None:
+    # With M_2 = M_0 + M_1, W'_2 for the base leaves updates of ranks 4, 4 and 0; the truth has 4, 4 and 8.
+    layer = Layer((64, 64), [4, 4, 8])
+    layer.updates[2] = layer.updates[0] + layer.updates[1]
+    layer.merged = (layer.base + layer.updates).float()
+    recovery = recover(layer, snap="none", refine="none")
+    assert recovery.stats["ranks"] == "4,4,0"
+    assert "up to a component that half of the updates or more share" in recovery.status
+
+
+def test_a_row_direction_of_all_but_one_is_named() -> None:
+    # M_i - c v^T, c a column of M_2, has no larger rank for any i: v is open though only M_0 and M_1 share it.
+    recovery = recover(Layer((64, 64), [4] * 3, decay=1.0, shared_rows={0: 1, 1: 1}), snap="none", refine="none")
+    assert recovery.stats["certificate"] == "not_identifiable"
+    assert "all updates, or all but one, seem to share 1 row direction," in recovery.status
+
+
+def test_a_component_common_to_all_is_what_the_sentence_leaves_open() -> None:
+    layer = Layer((96, 96), [6] * 4, decay=0.1)
+    common = Layer((96, 96), [4], seed=1).updates[0]
+    layer.merged = (layer.base + layer.updates + common).float()
+    recovery = recover(layer, snap="none", refine="none")
+    assert log_error(recovery.candidates[0], layer.base + common) < -17
+    assert "up to a component that half of the updates or more share" in recovery.status
+
+
+def test_the_weight_of_a_weak_certificate_is_left_open_alike() -> None:
+    assert all("up to a component" in certificate.template for certificate in (Certificate.CERTIFIED, Certificate.WEAK))
+
+
+@pytest.mark.parametrize("told", [None, 8])
+def test_the_majority_wins_over_the_first_three(monkeypatch: pytest.MonkeyPatch, told: int | None) -> None:
+    layer = Layer((128, 128), [8] * 12)
+    layer.merged[:3] = Layer((128, 128), [8] * 3, seed=1).merged  # of another base, and well conditioned
+    monkeypatch.setattr(closed_form, "WIDE", 16)
+    recovery = recover(layer, told)
+    assert recovery.stats["outlier"] == "0,1,2"
+    assert recovery.stats["certificate"] == "certified"
+    assert layer.error(recovery) < layer.floor() + 0.15
+
+
+def test_two_bases_with_as_many_models_in_wide_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer((128, 128), [8] * 10)
+    layer.merged[:5] = Layer((128, 128), [8] * 5, seed=1).merged
+    monkeypatch.setattr(closed_form, "WIDE", 16)
+    assert recover(layer).stats["certificate"] == "inconsistent"
+
+
+def few_valued(shape: tuple[int, int], most: int, seed: int) -> Tensor:
+    """Weights quantised to the integers up to `most` times one float32 scale, (d, k) float64."""
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    scale = torch.tensor(BASE_STD * (1.0 if most == 1 else 3 / most) * (1 + seed / 17))
+    return ((weight * BASE_STD / scale).round().clamp(-most, most) * scale).double()
+
+
+@pytest.mark.parametrize("most", [1, 7, 127], ids=["ternary", "int4", "int8"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_scale_times_integers_is_a_grid(most: int, seed: int) -> None:
+    layer = Layer((64, 64), [4] * 3)
+    layer.base = few_valued((64, 64), most, seed)
+    layer.merged = (layer.base + layer.updates).float()
+    recovery = recover(layer)
+    assert recovery.stats["grid"] == "scaled integers"
+    assert torch.equal(recovery.candidates[0].double(), layer.base)
+
+
+def test_a_scale_for_each_row_is_not_taken_for_another_grid() -> None:
+    layer = Layer((64, 64), [4] * 3)
+    scales = torch.rand(64, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+    layer.base = (few_valued((64, 64), 1, 0).float() * scales).double()
+    layer.merged = (layer.base + layer.updates).float()
+    recovery = recover(layer)
+    assert recovery.stats["grid"] == "fp32"
+    assert layer.error(recovery) < layer.floor() + 0.15
+
+
+@pytest.mark.parametrize("exponent", [-90, -53, -30, 30, 100])
+def test_the_scale_of_the_weights_does_not_matter(exponent: int) -> None:
+    layer = Layer((64, 48), [4] * 3)
+    usual = recover(layer)
+    layer.merged = layer.merged * 2.0**exponent  # exact
+    unusual = recover(layer)
+    assert torch.equal(unusual.candidates, usual.candidates * 2.0**exponent)
+    shift = 2 * exponent * math.log10(2)
+    assert unusual.stats["predicted_w_error"] == pytest.approx(usual.stats["predicted_w_error"] + shift)
+    assert f"expected W-Error {unusual.stats['predicted_w_error']:.2f}" in unusual.status
+    same = ("certificate", "ranks", "grid", "lambda_min", "discrepancy")
+    assert [unusual.stats[key] for key in same] == [usual.stats[key] for key in same]
+
+
+def test_a_model_of_zeros() -> None:
+    layer = Layer((32, 32), [2] * 3)
+    layer.merged[1] = 0
+    assert torch.isfinite(recover(layer).candidates).all()
+
+
+def test_no_direction_above_the_noise() -> None:
+    # Rows and columns of very different size, all of them touched a little: the margins leave no core to work in.
+    generator = torch.Generator().manual_seed(307)
+    found = []
+    for _ in range(40):
+        rows, columns = (10 ** (3 * torch.randn(size, generator=generator)) for size in ((34, 1), (1, 21)))
+        base = BASE_STD * torch.randn(34, 21, generator=generator) * rows * columns
+        stack = base + 1e-7 * torch.randn(4, 34, 21, generator=generator)
+        found.append(SubspaceIntersection().recover(Observation(stack)).stats["certificate"])
+    assert "low_signal" in found
+
+
+def test_counted_ranks_are_fitted_before_a_longer_explanation_is_believed() -> None:
+    # Spaces of cosine .999 and .99: least squares from the pairs' spaces misses by more than the rounding, and what it
+    # misses is counted as rank.
+    generator = torch.Generator().manual_seed(187)
+
+    def bases(size: int, ranks: list[int], cosine: float) -> list[Tensor]:
+        common = torch.linalg.qr(torch.randn(size, 10, generator=generator, dtype=torch.float64)).Q
+        made = []
+        for rank in ranks:
+            own = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q
+            made.append(torch.linalg.qr(math.sqrt(cosine) * common[:, :rank] + math.sqrt(1 - cosine) * own).Q)
+        return made
+
+    ranks = [10, 4, 10, 4]
+    layer = Layer((96, 96), ranks, rms=4e-4)
+    scales = [torch.logspace(0, -3, rank, dtype=torch.float64) for rank in ranks]
+    for i, (left, scale, right) in enumerate(zip(bases(96, ranks, 0.99), scales, bases(96, ranks, 0.999), strict=True)):
+        update = (left * scale) @ right.T
+        layer.updates[i] = update * 4e-4 / update.square().mean().sqrt()
+    layer.merged = (layer.base + layer.updates).float()
+    assert recover(layer, snap="none", refine="none").stats["ranks"] == "10,4,10,4"
+
+
+def test_every_path_has_statistics_of_one_type() -> None:
+    rising = Layer((64, 64), [4] * 3)
+    bfloat = Layer((48, 48), [4] * 3, rms=5e-5, merge_dtype=torch.bfloat16)
+    two, shared = Layer((64, 64), [4] * 2), Layer((64, 64), [4] * 3, shared_rows=dict.fromkeys(range(3), 4))
+    texts, keys = ("ranks", "grid", "certificate", "outlier", "start"), list(recover(rising).stats)
+    for layer in (rising, bfloat, two, shared, Layer((24, 24), [24] * 3)):
+        stats = recover(layer).stats
+        assert list(stats) == keys
+        assert all(type(stats[key]) is str if key in texts else isinstance(stats[key], float | None) for key in keys)
+
+
 # --- half-precision merges --------------------------------------------------------------------------------------------
 
 
@@ -483,6 +657,16 @@ def test_never_worse_than_the_mean_in_bfloat16(rms: float, base_dtype: torch.dty
         assert recovery.stats["certificate"] == "certified"
     if rms < 1e-3 / 2:
         assert recovery.stats["certificate"] == "low_signal"
+
+
+def test_an_estimate_too_far_from_the_mean_is_dropped() -> None:
+    # Near the rounding, and with a row that all share: Spectral DeTuning found something .7 worse than the mean.
+    shared = dict.fromkeys(range(3), 2)
+    layer = Layer((96, 64), [2] * 3, decay=1.0, rms=2e-4, shared_rows=shared, merge_dtype=torch.bfloat16, seed=1)
+    recovery = recover(layer, storage=torch.bfloat16, snap="none")
+    assert recovery.stats["certificate"] == "low_signal"
+    assert "the mean is returned" in recovery.status
+    assert layer.error(recovery) < layer.mean_error() + 0.1
 
 
 def test_half_precision_hidden_in_float32_files() -> None:

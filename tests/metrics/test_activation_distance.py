@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lowra.checkpoints.stored import with_weights
+from lowra.checkpoints.reading import with_weights
 from lowra.errors import LowraError
 from lowra.metrics.activation_distance import cosine_distance, load_vit
 from lowra.paths import conf_dir

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from hydra.utils import get_class
 
-from lowra.metrics.base import digest, settings, whole_file, write_json
+from lowra.files import replacing
+from lowra.metrics.base import digest, settings, write_json
 from lowra.paths import conf_dir
 
 CONFIGS = sorted((conf_dir() / "metrics").glob("*.yaml"))
@@ -58,7 +59,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == '[\n "é"\n]\n'
 
     def fails() -> None:
-        with whole_file(path) as temporary:
+        with replacing(path) as temporary:
             assert temporary.suffix == ".json"
             temporary.write_text("half")
             raise RuntimeError("killed")

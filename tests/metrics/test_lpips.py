@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lowra.builders.kohya_files import expected_modules
 from lowra.builders.stable_diffusion_mini import NOISE_SCHEDULE, SAMPLER, make_tokenizer
-from lowra.checkpoints.stored import component_folder, load_state_dict
+from lowra.checkpoints.reading import component_folder, load_state_dict
 from lowra.errors import LowraError
 from lowra.metrics.lpips import Judge, Lpips, load_trunk
 

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.ranges import Core
-from lowra.methods.subspace_intersection.solve import IDENTIFIABLE, Solution, Tangents, conjugate_gradients
+from lowra.methods.subspace_intersection.solve import IDENTIFIABLE, SAME, Solution, Tangents, conjugate_gradients
 
 # Below this one the estimate holds, but its error is much above the rounding of the merges.
 WELL_CONDITIONED = 1e-3
-
-# Two directions are taken for the same when their cosine is this close to 1.
-SAME = 1e-5
 
 # Cores of at most this many entries get their operator's spectrum in full.
 DENSE_ENTRIES = 600

@@ -109,7 +109,7 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
         return spectral(problem, max(solution.tangents.ranks))
     hint, contradicted, simpler = problem.hint, False, None
     if hint is not None:
-        told = as_told(core, hint) if solution.exceeds(hint) else None
+        told = as_told(core, solution, hint) if solution.exceeds(hint) else None
         if told is not None:
             simpler = solution.tangents.ranks
             solution, evidence = told
@@ -167,9 +167,9 @@ def solved(
     return attempts[0] if attempts else None
 
 
-def as_told(core: Core, hint: int) -> tuple[Solution, Evidence] | None:
+def as_told(core: Core, simplest: Solution, hint: int) -> tuple[Solution, Evidence] | None:
     """A solution whose updates do not exceed the rank granted, as the simplest one's do, if one is determined."""
-    start = solve_as_told(core, hint)
+    start = solve_as_told(core, simplest, hint)
     if start is None:
         return None
     solution = polish(core, start)

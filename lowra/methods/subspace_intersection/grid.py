@@ -40,6 +40,9 @@ BEYOND = 10.0
 APART = 30.0
 CROWD = 8
 
+# Steps are told apart down to this share of the largest level: quotients multiply the errors of the levels.
+FINEST = 1e-5
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -108,10 +111,12 @@ def integers(estimate: Tensor, error: float) -> Grid | None:
     breaks = (values.diff() > APART * error).nonzero().flatten() + 1
     if CROWD * breaks.numel() > values.numel():
         return None
+    tolerance = max(APART / 2 * error, FINEST * float(values.abs().max()))
     step = 0.0
-    for level in torch.tensor_split(values, breaks.cpu()):
-        step = common_step(step, abs(float(level.median())), APART / 2 * error)
-    if step <= APART * error:
+    # From the smallest level on: the step is then known well when it is held against the large multiples.
+    for level in sorted(abs(float(part.median())) for part in torch.tensor_split(values, breaks.cpu())):
+        step = common_step(step, level, tolerance)
+    if step <= 2 * tolerance:
         return None
     multiples = (estimate / step).round()
     step = float((multiples * estimate).sum() / multiples.square().sum())

@@ -72,6 +72,7 @@ class SubspaceIntersection:
     pretty: ClassVar[str] = "Subspace intersection"
     reference: ClassVar[str] = "lowra"
     needs_rank: ClassVar[bool] = False
+    needs_models: ClassVar[int] = 3  # two leave a block of W open
 
     def __post_init__(self) -> None:
         if self.snap not in ("auto", "none", *grids.GRIDS):

@@ -37,6 +37,9 @@ CLEAR_EDGE = 30.0
 # Gauss-Newton steps. The linear solution starts within rounding of the optimum, and the first step does nearly all.
 POLISH_STEPS = 2
 
+# Two directions are taken for the same when their cosine is this close to 1.
+SAME = 1e-5
+
 # Gauss-Newton steps at given ranks, from solutions that are farther off.
 FIT_STEPS = 4
 
@@ -131,7 +134,7 @@ class Solution:
 
     @property
     def edges(self) -> Tensor:
-        """(n,): the smallest singular value within each rank over the cutoff it passed; infinite for rank 0."""
+        """(n,): smallest singular value within each rank, over the cutoff it passed; infinite where the rank is 0."""
         above = torch.where(self.heights > 1, self.heights, math.inf)
         return above.amin(1) if above.numel() else above.new_full((above.shape[0],), math.inf)
 
@@ -141,7 +144,7 @@ class Solution:
 
     def falls_short(self, hint: int) -> bool:
         """Whether all updates have a lower rank than the one granted, and one of them not for what noise may hide."""
-        return max(self.tangents.ranks) < hint and bool((self.edges > CLEAR_EDGE).any())
+        return max(self.tangents.ranks) < hint and bool(((self.edges > CLEAR_EDGE) & self.edges.isfinite()).any())
 
     @property
     def size(self) -> tuple[int, int, float]:
@@ -286,10 +289,32 @@ def fitted(core: Core, x: Tensor, ranks: list[int]) -> Solution:
     return resolve(core, x)
 
 
-def solve_as_told(core: Core, hint: int) -> Solution | None:
-    """The simplest X for which no update exceeds the rank granted, if any is found."""
-    found = (solution for proposal in proposals(core, hint) for solution in proposal.solutions(core))
-    return min((solution for solution in found if not solution.exceeds(hint)), key=by_size, default=None)
+def solve_as_told(core: Core, solution: Solution, hint: int) -> Solution | None:
+    """From an X with updates of larger ranks than granted to one that agrees, None if that is not to be found.
+
+    If W + C was found for W, M_i - C has the directions of C too where M_i had none of them: C lies in the columns U
+    and the rows V that all updates of too large a rank share. With D one of these updates and C = -U K V^T,
+    rank(D - U K V^T) = rank(D) - rank(K) if and only if K = (V^T D^+ U)^-1. One such update leaves U and V open.
+    """
+    excess = [rank - hint for rank in solution.tangents.ranks]
+    larger = [i for i, size in enumerate(excess) if size > 0]
+    size = max(excess)
+    if len(larger) < 2 or any(excess[i] != size for i in larger):
+        return None
+    tangents = solution.tangents
+    sides = []
+    for bases in (tangents.left[larger], tangents.right[larger]):
+        shares, directions = torch.linalg.eigh((bases @ bases.mT).mean(0))
+        if not bool((shares[-size:] > 1 - SAME).all()):
+            return None
+        sides.append(directions[:, -size:])
+    left, right = sides  # (a, e), (b, e)
+    update = core.matrices[larger[0]] - solution.x
+    columns, values, rows = (part[..., : tangents.ranks[larger[0]]] for part in dense_svd(update))
+    inner = right.mT @ (rows / values) @ (columns.mT @ left)  # V^T D^+ U
+    if bool(torch.linalg.matrix_rank(inner) < size):
+        return None
+    return resolve(core, solution.x + left @ torch.linalg.solve(inner, right.mT))
 
 
 def without_shared(core: Core, tangents: Tangents) -> Core:

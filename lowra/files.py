@@ -15,10 +15,11 @@ from lowra.errors import LowraError
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the folder of `path` that takes its place when the block ends without an error.
 
-    The name is unique to this process, on this and on other machines: on a shared file system two may have one number.
+    The name is hidden, ends as `path` does and is unique to this call, on this and on other machines: on a shared file
+    system two processes may have one number.
     Raises LowraError when the folder cannot be written to.
     """
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.stem[:100]}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

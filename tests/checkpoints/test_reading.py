@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowra.checkpoints.stored import component_folder, load_state_dict, resolve, with_weights
+from lowra.checkpoints.reading import component_folder, load_state_dict, resolve, with_weights
 from lowra.errors import LowraError
 
 
@@ -68,5 +68,5 @@ def test_missing_base() -> None:
 def test_missing_component_and_weights(tmp_path: Path) -> None:
     with pytest.raises(LowraError, match="has no component 'unet'"):
         component_folder(tmp_path, "unet")
-    with pytest.raises(LowraError, match="holds no weights"):
+    with pytest.raises(LowraError, match="holds no safetensors weights; expected model"):
         load_state_dict(tmp_path)

@@ -1,0 +1,217 @@
+"""Each model's own update as a PEFT adapter of the recovered base: extraction without having had the base.
+
+A tensor's factors are kept in a scratch file when it is recovered and put together at the end, one at a time, so that
+no adapter is ever in memory whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowra.checkpoints.matching import Match
+from lowra.checkpoints.reading import Checkpoint, StoredState, TensorInfo
+from lowra.checkpoints.writing import Entry, create_shard
+from lowra.methods.subspace_intersection.noise import joined, rounding_noise, stored_as
+from lowra.methods.subspace_intersection.ranges import OVERSAMPLING, Difference, row_space, triplets
+from lowra.recovery.tensors import Sources
+
+SCRATCH = ".factors"
+
+
+def scratch_file(folder: Path, label: str) -> Path:
+    """Where a tensor's factors are kept until the adapters are written."""
+    return folder / f"{hashlib.sha256(label.encode()).hexdigest()[:24]}.safetensors"
+
+
+def save_factors(
+    folder: Path, match: Match, tensor: Sources, stack: Tensor, answer: Tensor, labels: Sequence[str]
+) -> dict[str, int]:
+    """Factor W'_i - W of every model and keep the factors; returns the rank found of each.
+
+    stack: (n, d, k). answer: (d, k), taken as it is written, in the checkpoint's own format. Factors are balanced, B =
+    U sqrt(S) (d, r) and A = sqrt(S) V^T (r, k), float32, so that W + B A is the model's own weight.
+    """
+    base = answer.to(match.info.dtype).float()
+    storage = stored_as(stack, tensor.storage())
+    factors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for at, model in enumerate(tensor.models):
+        generator = torch.Generator().manual_seed(0)
+        noise = rounding_noise(stack[at], storage)
+        difference = Difference(stack[at], base, torch.float64)
+        part = row_space(difference, joined(noise, noise), OVERSAMPLING + min(base.shape) // 32, generator)
+        ranks[labels[model]] = part.rank
+        if part.rank:
+            left, values, right = triplets(difference, part.right)
+            root = values.sqrt()
+            factors[f"{model}.A"] = (right * root).mT.float().contiguous()  # (r, k)
+            factors[f"{model}.B"] = (left * root).float().contiguous()  # (d, r)
+    if factors:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(factors, scratch_file(folder, match.label))
+    return ranks
+
+
+def write_adapters(
+    folder: Path,
+    scratch: Path,
+    models: Sequence[Checkpoint],
+    used: Sequence[int],
+    records: Mapping[str, dict[str, Any]],
+) -> dict[str, list[str]]:
+    """Put the adapters together, `folder`/NAME[/COMPONENT] per model; returns what each does not carry, by label.
+
+    records: by tensor label. A tensor that is neither of low rank nor in a module of its own cannot be carried.
+    """
+    written: dict[str, list[str]] = {}
+    names = adapter_names(models, used)
+    for model in used:
+        missing: list[str] = []
+        for component in models[used[0]].components:
+            own = {label: record for label, record in records.items() if record["component"] == component}
+            place = folder / names[model] / component if component else folder / names[model]
+            missing += write_adapter(place, scratch, models, used[0], model, component, own)
+        written[models[model].label] = missing
+    return written
+
+
+def adapter_names(models: Sequence[Checkpoint], used: Sequence[int]) -> dict[int, str]:
+    """A folder name per model: its own folder's, with its number where two are called alike."""
+    plain = {i: models[i].place.resolve().name or f"model_{i}" for i in used}
+    doubled = {name for name in plain.values() if list(plain.values()).count(name) > 1}
+    return {i: f"{name}_{i}" if name in doubled else name for i, name in plain.items()}
+
+
+def write_adapter(
+    place: Path,
+    scratch: Path,
+    models: Sequence[Checkpoint],
+    first: int,
+    model: int,
+    component: str,
+    records: Mapping[str, dict[str, Any]],
+) -> list[str]:
+    """One component's adapter; returns the tensors of the model that it does not carry."""
+    label = models[model].label
+    modules = memory_modules(models[first], component)
+    ranks: dict[str, int] = {}
+    entries: list[Entry] = []
+    origin: dict[str, tuple[str, str, bool]] = {}  # adapter's name to the tensor, the factor, and whether transposed
+    whole: list[dict[str, Any]] = []
+    for key, record in records.items():
+        if label not in record["models"] or record["certainty"] in ("copied", "agreed"):
+            continue
+        if "adapters" not in record:
+            whole.append(record)
+            continue
+        rank = record["adapters"].get(label, 0)
+        if not rank:
+            continue
+        path, kind = modules.get(record["name"], (record["name"].removesuffix(".weight"), ""))
+        d, k, *kernel = record["shape"]
+        ranks[path] = rank
+        transposed = kind == "Conv1D"  # its weight is stored (in, out)
+        a = (rank, d) if transposed else (rank, k, *kernel)
+        b = (k, rank) if transposed else (d, rank, *([1] * len(kernel)))
+        for part, shape in (("A", a), ("B", b)):
+            name = f"base_model.model.{path}.lora_{part}.weight"
+            entries.append(Entry(name, torch.float32, shape))
+            origin[name] = (key, part, transposed)
+    if not ranks:
+        return [record["name"] for record in whole]
+    saved, missing = whole_modules(models[model].components.get(component), whole, modules, ranks)
+    entries += [Entry(name, info.dtype, info.shape) for name, info in saved.items()]
+    place.mkdir(parents=True, exist_ok=True)
+    slots = create_shard(place / "adapter_model.safetensors", entries, {})
+    for name, slot in slots.items():
+        if name in saved:
+            slot.write(models[model].components[component].read(saved[name].name))
+            continue
+        key, part, transposed = origin[name]
+        with safe_open(scratch_file(scratch, key), framework="pt") as file:
+            if transposed:  # M^T = A^T B^T: the factors change places
+                values = file.get_tensor(f"{model}.{'B' if part == 'A' else 'A'}").mT
+            else:
+                values = file.get_tensor(f"{model}.{part}")
+        slot.write(values.contiguous())
+    common = max(set(ranks.values()), key=lambda r: (list(ranks.values()).count(r), r))
+    pattern = {f"^{re.escape(path)}": rank for path, rank in sorted(ranks.items()) if rank != common}
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(kind == "Conv1D" for path, kind in modules.values() if path in ranks),
+        "target_modules": sorted(ranks),
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "modules_to_save": sorted({_owner(name) for name in saved}) or None,
+    }
+    (place / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return missing
+
+
+def _owner(name: str) -> str:
+    return name.removeprefix("base_model.model.").rpartition(".")[0]
+
+
+def whole_modules(
+    state: StoredState | None,
+    records: Sequence[dict[str, Any]],
+    modules: Mapping[str, tuple[str, str]],
+    adapted: Mapping[str, int],
+) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Adapter names to tensors of modules that were trained whole (norms, heads), and the tensors nothing carries."""
+    saved: dict[str, TensorInfo] = {}
+    missing = []
+    for record in records:
+        stem, _, _ = record["name"].rpartition(".")
+        path = modules.get(f"{stem}.weight", (stem, ""))[0]
+        own = {} if state is None else {n: i for n, i in state.infos.items() if n.rpartition(".")[0] == stem}
+        if not own or path in adapted:
+            missing.append(record["name"])
+        for name, info in own.items() if path not in adapted else ():
+            saved[f"base_model.model.{path}.{name.rpartition('.')[2]}"] = info
+    return saved, missing
+
+
+def memory_modules(model: Checkpoint, component: str) -> dict[str, tuple[str, str]]:
+    """Tensor name in the checkpoint to module path in memory and the module's class, where transformers knows them.
+
+    Only weights are listed. PEFT names modules as the library calls them once loaded, which is not as files do.
+    """
+    state = model.components[component]
+    plain = {name: (name.removesuffix(".weight"), "") for name in state if name.endswith(".weight")}
+    folder = model.place / component if component else model.place
+    if not (folder / "config.json").is_file():
+        return plain
+    try:
+        if "model_type" not in json.loads((folder / "config.json").read_text()):
+            return plain  # diffusers, whose files and modules are called alike, or a library we do not know
+        from lowra.builders.peft_adapters import checkpoint_names, skeleton
+
+        loaded = skeleton(folder)
+        traced = checkpoint_names(loaded)
+    except Exception:
+        return plain  # a model of remote code, or of another library: its files' own names are the best guess
+    kinds = {name: type(module).__name__ for name, module in loaded.named_modules()}
+    known = {}
+    for memory, stored in traced.items():
+        if memory.endswith(".weight"):
+            path = memory.removesuffix(".weight")
+            known[stored] = (path, kinds.get(path, ""))
+    return {**plain, **known}

@@ -1,0 +1,179 @@
+"""Models as their libraries make and save them: adapters merged by PEFT, recovered, loaded, the same outputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from lowra import recover_checkpoints
+
+VOCABULARY = 64
+
+
+def distilbert() -> Any:
+    config = transformers.DistilBertConfig(
+        vocab_size=VOCABULARY, dim=48, hidden_dim=96, n_layers=2, n_heads=4, max_position_embeddings=32
+    )
+    return transformers.DistilBertForMaskedLM(config)
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=32)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def mistral() -> Any:
+    config = transformers.MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    return transformers.MistralForCausalLM(config)
+
+
+def mixtral() -> Any:
+    config = transformers.MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=32,
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+FAMILIES: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "distilbert": (distilbert, ["q_lin", "v_lin"]),
+    "gpt2": (gpt2, ["c_attn"]),
+    "mistral": (mistral, ["q_proj", "v_proj", "down_proj"]),
+    "mixtral": (mixtral, ["q_proj", "v_proj"]),
+}
+
+
+def finetuned(base: Path, kind: type, targets: list[str], seed: int, **settings: Any) -> Any:
+    """The base with a random LoRA of it, as PEFT holds it."""
+    torch.manual_seed(seed)
+    model = get_peft_model(kind.from_pretrained(base), LoraConfig(target_modules=targets, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(24).view(2, 12) % VOCABULARY
+    return model.eval()(input_ids=ids).logits
+
+
+RECIPES = [{"r": 2, "lora_alpha": 4}, {"r": 3, "lora_alpha": 8, "use_rslora": True}, {"r": 4, "lora_alpha": 4}]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recovered_models_load_and_say_what_the_base_says(tmp_path: Path, family: str) -> None:
+    make, targets = FAMILIES[family]
+    torch.manual_seed(0)
+    model = make()
+    model.save_pretrained(tmp_path / "base")
+    kind, expected = type(model), logits(model)
+    tuned = []
+    for i, recipe in enumerate(RECIPES):
+        own = finetuned(tmp_path / "base", kind, targets, i + 1, **recipe)
+        merged = own.merge_and_unload()
+        merged.save_pretrained(tmp_path / f"m{i}", max_shard_size="60KB" if i != 1 else "1GB")
+        tuned.append(logits(merged))
+    models = [tmp_path / f"m{i}" for i in range(3)]
+    report = recover_checkpoints(models, tmp_path / "out", adapters=True)
+    asked = [record for record in report.records if record["decision"] == "recovered"]
+    assert len(asked) == 2 * len(targets)
+    assert {record["certainty"] for record in asked} == {"certified"}
+    for record in asked:
+        assert list(record["ranks"].values()) == [2, 3, 4], record["name"]
+    found = kind.from_pretrained(tmp_path / "out")
+    # Weights within the rounding of float32; two layers hardly raise it.
+    assert torch.allclose(logits(found), expected, atol=2e-6)
+    assert not torch.allclose(tuned[0], expected, atol=1e-4)
+    again = PeftModel.from_pretrained(found, str(tmp_path / "out" / "adapters" / "m0"))
+    assert torch.allclose(logits(again), tuned[0], atol=2e-6)
+
+
+def test_heads_of_their_own_come_with_the_adapter(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = distilbert()
+    base.save_pretrained(tmp_path / "base")
+    kind = transformers.DistilBertForSequenceClassification
+    outputs = []
+    for i in range(3):
+        own = finetuned(
+            tmp_path / "base", kind, ["q_lin"], i + 1, r=2, modules_to_save=["classifier", "pre_classifier"]
+        )
+        merged = own.merge_and_unload()
+        merged.save_pretrained(tmp_path / f"m{i}")
+        outputs.append(logits(merged))
+    report = recover_checkpoints([tmp_path / f"m{i}" for i in range(3)], tmp_path / "out", adapters=True)
+    heads = {r["name"]: r["decision"] for r in report.records if "classifier" in r["name"]}
+    assert set(heads.values()) <= {"mean", "copied"}
+    again = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "out"), str(tmp_path / "out" / "adapters" / "m1"))
+    assert torch.allclose(logits(again), outputs[1], atol=2e-6)
+
+
+def test_stable_diffusion_pipelines(tmp_path: Path) -> None:
+    import diffusers
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    config = transformers.CLIPTextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    text = transformers.CLIPTextModel(config)
+    unet.save_pretrained(tmp_path / "base" / "unet")
+    text.save_pretrained(tmp_path / "base" / "text_encoder")
+    for i in range(3):
+        torch.manual_seed(i + 1)
+        for part, model, targets in (
+            ("unet", diffusers.UNet2DConditionModel, ["to_q", "to_v", "proj_in"]),
+            ("text_encoder", transformers.CLIPTextModel, ["q_proj"]),
+        ):
+            own = get_peft_model(
+                model.from_pretrained(tmp_path / "base" / part), LoraConfig(r=2, target_modules=targets)
+            )
+            for name, parameter in own.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.02)
+            own.merge_and_unload().save_pretrained(tmp_path / f"m{i}" / part)
+        index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", ""], "text_encoder": ["", ""]}
+        (tmp_path / f"m{i}" / "model_index.json").write_text(json.dumps(index))
+    report = recover_checkpoints([tmp_path / f"m{i}" for i in range(3)], tmp_path / "out")
+    asked = [record for record in report.records if record["decision"] == "recovered"]
+    assert {record["component"] for record in asked} == {"unet", "text_encoder"}
+    assert {record["certainty"] for record in asked} == {"certified"}
+    found = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
+    sample, state = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 32)
+    with torch.no_grad():
+        expected, got = (m(sample, 10, encoder_hidden_states=state).sample for m in (unet, found))
+    assert torch.allclose(got, expected, atol=1e-5)
+    transformers.CLIPTextModel.from_pretrained(tmp_path / "out" / "text_encoder")
