@@ -1,11 +1,12 @@
-"""Run the tests with the newest and with the lowest versions of everything that pyproject.toml asks for.
+"""Run the tests with the newest versions of everything, and with the core alone at its lowest.
 
     python scripts/check_versions.py newest     # what a fresh install gives today; where it passes, it becomes the lock
-    python scripts/check_versions.py lowest     # every dependency at its floor
+    python scripts/check_versions.py lowest     # a plain `pip install lowra`, every dependency at its floor
 
-Each makes a throwaway environment (about 6 GB), installs, runs the tests and writes its section of results/versions.md.
-When the newest pass, their versions go to .ci/constraints.txt, which the README's commands and CI install with. It has
-no hashes: pip refuses an editable install beside hashed requirements.
+Tests that need the extras are skipped where these are not installed. Each makes a throwaway environment (up to 6 GB),
+installs, runs the tests and writes its section of results/versions.md. When the newest pass, their versions go to
+.ci/constraints.txt, which the README's commands and CI install with. It has no hashes: pip refuses an editable install
+beside hashed requirements.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import tomllib
 import venv
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -44,16 +46,16 @@ def requirements(extra: str | None = None) -> list[str]:
     return found
 
 
-def floors() -> dict[str, str]:
-    """Every direct dependency of the tests, to its floor."""
-    wanted = [*requirements(), *requirements("dev")]
-    pairs = dict(re.fullmatch(r"([\w-]+)>=([\w.]+)", line).groups() for line in wanted)  # type: ignore[union-attr]
-    return {name: version for name, version in sorted(pairs.items()) if name not in ("mypy", "ruff")}
+def floors(lines: Iterable[str]) -> dict[str, str]:
+    """Requirements to their floors."""
+    pairs = dict(re.fullmatch(r"([\w-]+)>=([\w.]+)", line).groups() for line in lines)  # type: ignore[union-attr]
+    return dict(sorted(pairs.items()))
 
 
 def install(python: Path, which: str) -> None:
-    """Install lowra with its test dependencies, at today's newest versions or each at its floor."""
-    what = [".[dev]"] if which == "newest" else [*(f"{name}=={version}" for name, version in floors().items()), "."]
+    """Install lowra with all its extras at today's newest versions, or its core alone, each dependency at its floor."""
+    pinned = [f"{name}=={version}" for name, version in floors(requirements()).items()]
+    what = [".[dev]"] if which == "newest" else [*pinned, "pytest", "."]
     arguments = [f"--editable={part}" if part.startswith(".") else part for part in what]
     subprocess.run([python, "-m", "pip", "install", "--quiet", *arguments], cwd=ROOT, check=True)
 
@@ -70,7 +72,8 @@ def write_outcome(which: str, passed: bool, summary: str, installed: dict[str, s
     """Put this run's section into results/versions.md and leave the other's alone."""
     text = OUTCOME.read_text() if OUTCOME.exists() else INTRODUCTION
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S))
-    versions = ", ".join(f"{name} {installed[name]}" for name in floors())
+    wanted = floors([*requirements(), *requirements("dev")])
+    versions = ", ".join(f"{name} {installed[name]}" for name in wanted if name in installed)
     today = datetime.now(UTC).date()
     sections[which] = (
         f"\n{today}, Python {platform.python_version()}, {platform.system()} {platform.machine()}: "

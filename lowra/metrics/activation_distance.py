@@ -160,7 +160,7 @@ def load_vit(config: Any, state: dict[str, Tensor]) -> Any:
             None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
         )
     model, info = loaded
-    if wrong := sorted(info["missing_keys"] | info["unexpected_keys"]):
+    if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
         raise LowraError(
             f"The base checkpoint does not fit ViTForImageClassification: {wrong[0]!r} is missing or left over "
             f"({len(wrong)} such weights); give the base model with its classifier."

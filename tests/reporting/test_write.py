@@ -11,8 +11,8 @@ import pytest
 
 from lowra import reporting
 from lowra.errors import LowraError
-from lowra.reporting.escape import clean, html_caption, markdown_caption, plot_text, slug
 from lowra.files import replacing, write_text
+from lowra.reporting.escape import clean, html_caption, markdown_caption, plot_text, slug
 from tests.reporting import fakes
 
 
