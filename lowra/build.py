@@ -6,6 +6,7 @@ Examples: python -m lowra.build subset=vit                                      
           python -m lowra.build subset=vit source=build builder.data=FOLDER                    (full size)
           python -m lowra.build subset=vit source=build builder.data=FOLDER builder.tasks=[dtd,kitti]
           python -m lowra.build subset=mistral_dpo source=build builder.models=[0,3]
+          python -m lowra.build subset=custom builder.base=BASE builder.adapters=[A,B,C] builder.merged=true
 
 Processes and machines that share cache_dir build parts of one subset side by side: builder.tasks (ViT) and
 builder.models (language models) choose some of its models. A build that was stopped goes on where it was.

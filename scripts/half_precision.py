@@ -11,7 +11,7 @@ Ranks are not told, unless to Spectral DeTuning, which needs them. Groups:
     phase        exact share over mu and rho, n = 3, beside the vote, the mean, Spectral DeTuning and the weighted fit
     sizes        512 x 512, 1024 x 1024 and 256 x 1024
     models       n = 5 and 8
-    formats      float16; bfloat16 bases in float16 merges; models of both formats; updates rounded before they are added
+    formats      float16; bfloat16 bases in float16 merges; both among the models; updates rounded before they are added
     norms        updates of very different size
     certificate  layers that no certificate may be given to, and sound ones among them
 
@@ -70,7 +70,12 @@ class Case:
     def name(self) -> str:
         """All that tells it from others."""
         d, k = self.shape
-        parts = [f"{d}x{k}", "r=" + "/".join(map(str, sorted(set(self.ranks)))), f"n={len(self.ranks)}", f"mu={self.mu:g}"]
+        parts = [
+            f"{d}x{k}",
+            "r=" + "/".join(map(str, sorted(set(self.ranks)))),
+            f"n={len(self.ranks)}",
+            f"mu={self.mu:g}",
+        ]
         parts.append(f"decay={self.decay:g}")
         if self.base != "bf16" or self.merges != ("bf16",):
             parts.append(f"{self.base} base, {'/'.join(self.merges)} merges")
@@ -138,7 +143,7 @@ def planted(case: Case, seed: int) -> tuple[Tensor, Tensor]:
         values = torch.logspace(0, math.log10(case.decay), rank) if rank > 1 else torch.ones(1)
         update = (torch.linalg.qr(left).Q * values) @ torch.linalg.qr(right).Q.mT
         update *= size * case.norms[i % len(case.norms)] / update.square().mean().sqrt()
-        if case.plant == "component of two" and i < 2 or case.plant == "component of all":
+        if (case.plant == "component of two" and i < 2) or case.plant == "component of all":
             part = torch.outer(shared_left[:, 0], shared_right[:, 0])
             update += part * (update.norm() / part.norm() / math.sqrt(rank))
         updates.append(update)
@@ -219,9 +224,9 @@ def measured(case: Case, seed: int, method: str) -> Row:
         recovery = solver.recover(Observation(stack, None, seed, DTYPES[case.merges[0]]))
         estimate, stats = recovery.candidates[0], recovery.stats
         extra["certificate"] = str(stats["certificate"])
-        if stats["predicted_exact"] is not None:
-            extra |= {"predicted": stats["predicted_exact"], "sure": stats["sure_share"], "chi": stats["chi"]}
-            extra |= {"deviation": stats["held_out_deviation"], "start": str(stats["start"])}
+        found = {"predicted": "predicted_exact", "sure": "sure_share", "chi": "chi", "deviation": "held_out_deviation"}
+        extra |= {column: value for column, key in found.items() if isinstance(value := stats[key], float)}
+        extra["start"] = str(stats["start"])
         if recovery.sure is not None and bool(recovery.sure.any()):
             extra["sure_exact"] = float((estimate == weight)[recovery.sure].float().mean())
     elif method == SPECTRAL:
@@ -263,12 +268,14 @@ def run(groups: list[str], seeds: int, beside: int, table: Path) -> None:
                 for case in cases(group):
                     slow = seed < beside and group != "certificate"
                     for method in METHODS:
-                        if method in (TODAY, SPECTRAL) and not slow or (case.name, seed, method) in done:
+                        if (method in (TODAY, SPECTRAL) and not slow) or (case.name, seed, method) in done:
                             continue
                         row = measured(case, seed, method)
                         writer.writerow([getattr(row, field.name) for field in fields(Row)])
                         file.flush()
-                        print(f"{row.case}, seed {seed}, {method}: exact {row.exact:.4f}, {row.seconds:.1f} s", flush=True)
+                        print(
+                            f"{row.case}, seed {seed}, {method}: exact {row.exact:.4f}, {row.seconds:.1f} s", flush=True
+                        )
 
 
 def report(table: Path) -> None:
@@ -276,12 +283,19 @@ def report(table: Path) -> None:
     rows = pd.read_csv(table, keep_default_na=True)
     ours = rows[rows.method == CELLS]
     lines = ["# Half-precision merges, cell by cell", "", __doc__.split("\n\n")[2].replace("\n", " "), ""]
-    lines += ["Exact share, median / worst over the seeds (Spectral DeTuning and the weighted fit: the first seeds).", ""]
+    lines += [
+        "Exact share, median / worst over the seeds (Spectral DeTuning and the weighted fit: the first seeds).",
+        "",
+    ]
     for group in [group for group in GROUPS if group != "certificate"]:
         part = rows[rows.group == group]
         if part.empty:
             continue
-        lines += [f"## {group.capitalize()}", "", "| case | seeds | " + " | ".join(METHODS) + " | predicted | certified | seconds |"]
+        lines += [
+            f"## {group.capitalize()}",
+            "",
+            "| case | seeds | " + " | ".join(METHODS) + " | predicted | certified | seconds |",
+        ]
         lines += ["|" + "---|" * (len(METHODS) + 5)]
         for name, some in part.groupby("case", sort=False):
             mine = some[some.method == CELLS]
@@ -307,17 +321,22 @@ def calibration(ours: pd.DataFrame) -> list[str]:
     certified = ours[ours.certificate == "certified"]
     gap = certified.predicted - certified.exact
     wrong = certified[gap > 0.02]
+    right = (certified.sure_exact * certified.sure).sum() / certified.sure.sum()
     lines = ["## Calibration", ""]
     lines.append(
-        f"{len(certified)} of {len(ours)} layers certified. Predicted less actual exact share: median {gap.median():+.4f}, "
-        f"5% to 95% {gap.quantile(0.05):+.4f} to {gap.quantile(0.95):+.4f}, extremes {gap.min():+.4f} to {gap.max():+.4f}; "
+        f"{len(certified)} of {len(ours)} layers certified. Predicted less actual exact share there: "
+        f"median {gap.median():+.4f}, 5% to 95% {gap.quantile(0.05):+.4f} to {gap.quantile(0.95):+.4f}, "
+        f"extremes {gap.min():+.4f} to {gap.max():+.4f}; "
         f"within .01 in {(gap.abs() <= 0.01).mean():.1%}, within .02 in {(gap.abs() <= 0.02).mean():.1%}. "
-        f"Of the weights called sure in certified layers {(certified.sure_exact * certified.sure).sum() / certified.sure.sum():.5%} "
-        f"are right, in the worst layer {certified.sure_exact.min():.4%}."
+        f"Of the weights called sure in certified layers {right:.5%} are right, in the worst layer "
+        f"{certified.sure_exact.min():.4%}."
     )
     lines += ["", "| planted | layers | certified | overstated by more than .02 |", "|---|---|---|---|"]
-    for plant, some in ours.assign(kind=ours.plant + ours.case.str.contains("n=2,").map({True: ", n = 2", False: ""})
-                                   + ours.case.str.contains("fp32 base").map({True: ", float32 base", False: ""})).groupby("kind"):
+    for plant, some in ours.assign(
+        kind=ours.plant
+        + ours.case.str.contains("n=2,").map({True: ", n = 2", False: ""})
+        + ours.case.str.contains("fp32 base").map({True: ", float32 base", False: ""})
+    ).groupby("kind"):
         marked = some[some.certificate == "certified"]
         lines.append(f"| {plant} | {len(some)} | {len(marked)} | {len(wrong.index.intersection(marked.index))} |")
     return lines
@@ -345,6 +364,34 @@ def figure(rows: pd.DataFrame, path: Path) -> None:
     plt.close(drawing)
 
 
+def picture(path: Path) -> None:
+    """One weight between two powers of two: three cells, moved back by the updates, leave one number of the grid."""
+    truth, step = 4, 1.0
+    updates, known = (0.9, -1.7, 0.35), (0.07, 0.05, 0.09)
+    drawing, axis = plt.subplots(figsize=(7.2, 2.7))
+    for i in range(9):
+        axis.axvline(i * step, color="0.85" if i != truth else "tab:green", linewidth=1 if i != truth else 2, zorder=0)
+    low, high = -math.inf, math.inf
+    for level, (update, spread) in enumerate(zip(updates, known, strict=True)):
+        stored = round(truth + update)
+        left, right = stored - 0.5 - update, stored + 0.5 - update
+        y = 2 - level
+        axis.barh(y, right - left, left=left, height=0.38, color="tab:blue", alpha=0.55)
+        for edge in (left, right):
+            axis.barh(y, 4 * spread, left=edge - 2 * spread, height=0.38, color="tab:blue", alpha=0.2)
+        axis.text(-0.15, y, f"cell of $W'_{level + 1}$, moved by $-M_{level + 1}$", ha="right", va="center", fontsize=9)
+        low, high = max(low, left - 2 * spread), min(high, right + 2 * spread)
+    axis.barh(-1, high - low, left=low, height=0.38, color="tab:orange", alpha=0.8)
+    axis.text(-0.15, -1, "what fits all three", ha="right", va="center", fontsize=9)
+    axis.text(truth, 2.55, "W", ha="center", fontsize=11, color="tab:green")
+    axis.set(xlim=(0, 8), ylim=(-1.5, 2.9), yticks=[], xticks=range(9), xticklabels=[])
+    axis.set_xlabel("numbers of the grid")
+    for side in ("left", "right", "top"):
+        axis.spines[side].set_visible(False)
+    drawing.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    plt.close(drawing)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -352,8 +399,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--beside", type=int, default=SEEDS_BESIDE, help="seeds of the slow methods beside ours")
     parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--picture", type=Path, help="draw the cells of one weight into this file, and nothing else")
     parser.add_argument("--out", type=Path, default=Path("results/half_precision"))
     arguments = parser.parse_args()
+    if arguments.picture:
+        picture(arguments.picture)
+        return
     table = arguments.out / "cases.csv"
     if not arguments.report:
         run(arguments.groups or list(GROUPS), arguments.seeds, arguments.beside, table)

@@ -190,6 +190,13 @@ class Build(Recipe):
 
 
 @dataclass(frozen=True)
+class Own(Recipe):
+    """One's own LoRAs on one's own base (`lowra.builders.custom`)."""
+
+    caption = "LoRAs of one's own"
+
+
+@dataclass(frozen=True)
 class Published:
     """LoWRA-Bench from the Hub, or data in its schema on disk.
 
@@ -294,9 +301,13 @@ def make_source(cfg: DictConfig) -> Source:
 
     Raises LowraError for settings that it does not have or cannot use, and for subset=custom anywhere but on disk.
     """
+    if cfg.subset.name == "custom" and cfg.source.name in ("mini", "build") and cfg.builder.base is not None:
+        # One's own adapters: read, not trained, so that there is no miniature of them.
+        fields = {"subset": cfg.subset, "builder": cfg.builder, "cache_dir": cfg.cache_dir}
+        return make_as(Own, {"name": "build", **fields}, "source")
     if cfg.subset.name == "custom" and cfg.source.name != "published":
         raise LowraError(
             f"subset=custom is read from disk and cannot come from source={cfg.source.name}: "
-            "give source=published source.path=FOLDER."
+            "give source=published source.path=FOLDER, or builder.base=BASE builder.adapters='[A,B,C]'."
         )
     return make(cfg.source, "source")

@@ -285,6 +285,13 @@ def index_text(shards: Mapping[str, Sequence[Entry]]) -> str:
     return json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}, indent=2) + "\n"
 
 
+def index_name(file: Path) -> str:
+    """The name of the index that belongs to a shard of this name, with its variant where it has one."""
+    stem, _, _ = output_name(file).partition("-")
+    stem, _, variant = stem.partition(".")
+    return f"{stem}.safetensors.index{'.' + variant if variant else ''}.json"
+
+
 def pieces(numel: int, dtype: torch.dtype, size: int = PIECE) -> Iterator[tuple[int, int]]:
     """Ranges of entries of about `size` bytes that cover a tensor; one empty range for an empty tensor."""
     step = max(1, size // dtype.itemsize)

@@ -102,10 +102,10 @@ def text(plan: Plan, records: Sequence[Mapping[str, Any]], lacking: Mapping[str,
     for label, extra in zip(labels, plan.matching.extra, strict=True):
         if extra:
             lines += [f"- {len(extra)} tensors of {code(label)} have no place in this layout: {first_few(extra)}"]
-    for label, names in lacking.items():
-        if names:
+    for label, lacks in lacking.items():
+        if lacks:
             lines += [
-                f"- The adapter of {code(label)} lacks {len(names)} tensors in which it differs: {first_few(names)}"
+                f"- The adapter of {code(label)} lacks {len(lacks)} tensors in which it differs: {first_few(lacks)}"
             ]
     lines += ["", "## Layer by layer", "", *listing(records)]
     lines += ["", *reading(audit)]

@@ -22,6 +22,7 @@ from lowra.checkpoints.writing import (
     Workshop,
     check_space,
     create_shard,
+    index_name,
     index_text,
     output_name,
     plan_shards,
@@ -343,13 +344,6 @@ def _finish(plan: Plan, workshop: Workshop, records: tuple[dict[str, Any], ...],
     workshop.write_text(card.CARD, text)
     workshop.finish(scratch=[SCRATCH])
     return Report(plan, records, text, workshop.folder)
-
-
-def index_name(file: Path) -> str:
-    """The name of the index that belongs to a shard of this name, with its variant where it has one."""
-    stem, _, _ = output_name(file).partition("-")
-    stem, _, variant = stem.partition(".")
-    return f"{stem}.safetensors.index{'.' + variant if variant else ''}.json"
 
 
 def identity(plan: Plan) -> str:

@@ -177,8 +177,9 @@ def semantic_by_models(views: Sequence[View]) -> Figure | None:
 def predicted(views: Sequence[View]) -> Figure | None:
     """A method's own predicted W-Error against the true one; None where no method predicts."""
     view = views[0]
-    column = "stat_predicted_w_error"
-    if column not in view.layers:
+    # What is returned is predicted where a method says so; else what it had before a weighted fit and rounding.
+    column = next((c for c in ("stat_expected_w_error", "stat_predicted_w_error") if c in view.layers), None)
+    if column is None:
         return None
     known = view.layers[["row", column, "w_error"]].copy()
     known[column] = pd.to_numeric(known[column], errors="coerce")
@@ -203,10 +204,15 @@ def predicted(views: Sequence[View]) -> Figure | None:
     low, high = both.min().min() - 0.5, both.max().max() + 0.5
     exact = int((known["w_error"] <= EXACT).sum())
     axes.plot([low, high], [low, high], lw=0.8, color="grey")
+    axes.fill_between([low, high], [low, high], [low, low], color="#009E73", alpha=0.08, lw=0)
+    at = {"transform": axes.transAxes, "fontsize": 8, "color": "#555555"}
+    axes.text(0.97, 0.04, "better than predicted", ha="right", **at)
+    axes.text(0.03, 0.94, "worse than predicted", **at)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     note = f"\n({exact} exactly recovered layers are below the axes)" if exact else ""
-    axes.set_xlabel("W-Error the method predicts without the truth" + note)
-    axes.set_ylabel("W-Error")
+    of = "of what is returned" if column == "stat_expected_w_error" else "before a weighted fit and rounding to a grid"
+    axes.set_xlabel(f"W-Error predicted without the truth,\n{of}{note}")
+    axes.set_ylabel("W-Error of what is returned")
     _legend(figure, axes)
     return figure
 

@@ -167,7 +167,8 @@ def machine_text(context: Mapping[str, Any]) -> str:
     facts += [count(int(machine["cores"]), "core")] if machine.get("cores") else []
     facts += [str(gpu) for gpu in dict.fromkeys(machine.get("gpus") or [])]
     if context.get("threads"):
-        facts.append(f"{count(int(context.get('jobs') or 1), 'process', 'processes')} of {context['threads']} threads")
+        processes = count(int(context.get("jobs") or 1), "process", "processes")
+        facts.append(f"{processes} of {count(int(context['threads']), 'thread')}")
     return ", ".join(facts) or "unknown"
 
 

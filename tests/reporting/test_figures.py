@@ -178,3 +178,11 @@ def test_all_subsets_in_one_figure() -> None:
 
 def test_every_figure_of_a_folder_has_its_name_listed() -> None:
     assert tuple(figures.FIGURES) == NAMES
+
+
+def test_predictions_say_which_side_is_the_bad_one() -> None:
+    figure = figures.predicted([only(fakes.rows("m", "Mine", -19.0, stat_predicted_w_error=-18.0))])
+    assert figure is not None
+    texts = {text.get_text(): text.get_position()[1] for text in figure.axes[0].texts}
+    assert texts["worse than predicted"] > 0.5 > texts["better than predicted"]
+    plt.close(figure)

@@ -41,6 +41,7 @@ from lowra.methods.subspace_intersection import grid as grids
 from lowra.methods.subspace_intersection.answer import Answer, Estimate
 from lowra.methods.subspace_intersection.certificates import Certificate
 from lowra.methods.subspace_intersection.closed_form import closed_form
+from lowra.methods.subspace_intersection.expected import returned_error
 from lowra.methods.subspace_intersection.grid import Grid
 from lowra.methods.subspace_intersection.half import SURE, HalfAnswer, Recoverer, formats
 from lowra.methods.subspace_intersection.low_signal import low_signal
@@ -84,10 +85,11 @@ class SubspaceIntersection:
         """Estimate W (1, d, k): float32 on the grid found, or float64 where `snap` is "none".
 
         Stats: `predicted_w_error` (log10 of the mean squared error before `refine` and `snap`, None where W is not
-        identified), `lambda_min`, `discrepancy`, `ranks`, `grid`, `certificate`, `outlier` (models of another base,
-        counted from 0). Of half-precision merges solved cell by cell also `predicted_exact` (expected share of exact
-        weights), `sure_share`, `chi` (misfit of the worst model, 1 where its cells explain it), `held_out_deviation`
-        (nats by which held-out numbers are predicted worse than expected) and `start`; None or "" elsewhere.
+        identified), `expected_w_error` (the same of what is returned), `lambda_min`, `discrepancy`, `ranks`, `grid`,
+        `certificate`, `outlier` (models of another base, counted from 0). Of half-precision merges solved cell by cell
+        also `predicted_exact` (expected share of exact weights), `sure_share`, `chi` (misfit of the worst model, 1
+        where its cells explain it), `held_out_deviation` (nats by which held-out numbers are predicted worse than
+        expected) and `start`; None or "" elsewhere.
         Raises LowraError for a stack no method can work on, or one of identical models.
         """
         check_observation(observation)
@@ -104,14 +106,16 @@ class SubspaceIntersection:
             observation = replace(observation, storage=torch.float32)
         problem = pose(observation).subset(kept)
         half: HalfAnswer | None = None
+        expected: float | None = None
         if stored is not None and self.snap == self.refine == "auto":
             weight, answer, half = self._solve_cells(problem, stack, stored)
         if half is None:
-            weight, answer = self._solve(problem)
+            weight, answer, expected = self._solve(problem)
             if problem.unit != 1:
                 weight = weight * problem.unit
         stats: dict[str, Stat] = {
             "predicted_w_error": half.w_error if half else problem.in_units(answer.predicted),
+            "expected_w_error": half.w_error if half else problem.in_units(expected),
             "lambda_min": answer.lambda_min,
             "discrepancy": answer.discrepancy,
             "ranks": ",".join(map(str, answer.ranks)),
@@ -157,8 +161,8 @@ class SubspaceIntersection:
         name = next(name for name, dtype in grids.GRIDS.items() if dtype == half.grid)
         return half.weight, replace(answer, certificate=certificate, status=status, ranks=half.ranks, grid=name), half
 
-    def _solve(self, problem: Problem) -> tuple[Tensor, Answer]:
-        """Solve, detect the grid, refine where it pays, round: W (d, k), and the answer with the name of the grid."""
+    def _solve(self, problem: Problem) -> tuple[Tensor, Answer, float | None]:
+        """Solve, detect the grid, refine where it pays, round: W (d, k), the answer, and what error to expect of W."""
         answer = low_signal(problem) or closed_form(problem)
         estimate = answer.estimate
         grid = grids.detected(answer, problem) if self.snap == "auto" else Grid(self.snap)
@@ -167,11 +171,13 @@ class SubspaceIntersection:
         _, d, k = problem.merged.shape
         wanted = self.refine == "weighted" or (self.refine == "auto" and (half or d * k <= REFINE_ENTRIES))
         # A coarse grid settles the weights of float32 merges; nothing is left to refine.
-        if wanted and any(ranks) and not (grid.coarse and not half):
+        refine = wanted and any(ranks) and not (grid.coarse and not half)
+        if refine:
             used = problem.subset([i for i, label in enumerate(problem.labels) if label not in answer.outliers])
             weight = refined(used, estimate.dense(torch.float64), ranks)
             estimate = Estimate(weight.unsqueeze(0), [1.0], weight.new_zeros(d, 0), weight.new_zeros(k, 0))
-        return grid.rounded(estimate), replace(answer, grid=grid.name)
+        weight = grid.rounded(estimate)
+        return weight, replace(answer, grid=grid.name), returned_error(answer, problem, grid, weight, refined=refine)
 
 
 def refinable_ranks(answer: Answer, hint: int | None, *, half: bool, coarse: bool) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ def upper_tail(deviations: Tensor) -> Tensor:
 
 
 def log_probability(t: Tensor, h: Tensor) -> Tensor:
-    """log of the probability of the cell, for distance |t| from its centre and half width h in deviations."""
+    """Log of the probability of the cell, for distance |t| from its centre and half width h in deviations."""
     inner, outer = t.abs() - h, t.abs() + h
     inside = upper_tail(inner).sub_(upper_tail(outer)).clamp_(min=1e-30).log_()
     beyond = inner.clamp_(min=0).square_().sub_(FAR**2).clamp_(min=0)

@@ -55,8 +55,9 @@ class Decoded:
     """What a sweep found.
 
     predicted: expected share of W on the bit. sure: share of weights known with probability `SURE`. square_error:
-    expected mean square of the error, in the units of the cells. slope: of the fit at the new sites, None after the last sweep. held: one record per block. weight (d, k) and chance (d, k) float16,
-    the likeliest numbers and their probability, are kept when asked for.
+    expected mean square of the error, in the units of the cells. slope: of the fit at the new sites, None after the
+    last sweep. weight (d, k) and chance (d, k) float16, the likeliest numbers and their probability, are kept when
+    asked for.
     """
 
     predicted: float = 0.0
@@ -160,12 +161,8 @@ class Sweep:
         share = None
         mean, site_centre, best = near, near, near
         if len(open_):
-            part: Site = decode(
-                grid,
-                *(values.flatten(1).index_select(1, open_) for values in (target, half, variance)),
-                limit,
-                normal=min(self.misfit) > ROUGH,
-            )
+            parts = (values.flatten(1).index_select(1, open_) for values in (target, half, variance))
+            part: Site = decode(grid, *parts, limit=limit, normal=min(self.misfit) > ROUGH)
             mean, site_centre = near.clone(), near.clone()
             for out, values in (
                 (mean, part.mean),

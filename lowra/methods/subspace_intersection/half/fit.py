@@ -117,7 +117,7 @@ def effective_variances(sites: Sites, ranks: Sequence[int], before: Variances | 
                 (slice(s, s + step), slice(None, None, across)),
                 ranks,
                 2,
-                before and before.by_row[:, s : s + step],
+                None if before is None else before.by_row[:, s : s + step],
                 k,
             )
             for s in range(0, d, step)
@@ -132,7 +132,7 @@ def effective_variances(sites: Sites, ranks: Sequence[int], before: Variances | 
                 (slice(None, None, down), slice(s, s + step)),
                 ranks,
                 1,
-                before and before.by_column[:, s : s + step],
+                None if before is None else before.by_column[:, s : s + step],
                 d,
             )
             for s in range(0, k, step)
@@ -178,7 +178,6 @@ class Quadratic:
 
     def product(self, change: Factors) -> Factors:
         """The Gauss-Newton matrix times a change."""
-        n, d, k = self.sites.precision.shape
         here = self.factors
         lefts = [self._joined(a, b, first=True) for a, b in zip(change.left, here.left, strict=True)]
         rights = [self._joined(a, b, first=False) for a, b in zip(here.right, change.right, strict=True)]

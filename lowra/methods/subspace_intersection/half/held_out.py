@@ -1,8 +1,8 @@
-"""Held-out cells: how well does the fit predict stored numbers it has not seen?
+"""Held-out cells: what an explanation is worth shows in stored numbers it has not seen.
 
 For each cell left out, the other models give a posterior of W there; with the update of its own model that predicts
 the stored number. The mean log probability compares starts. What it falls short of its own expectation tells a wrong
-explanation from a right one: an explanation that fits the cells it was made from, and is false, is surprised by others.
+explanation from a right one: a false one fits the cells it was made from, and is surprised by others.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Evidence:
 
     @property
     def best(self) -> int:
-        """Which factor predicts the held-out cells best; the first one, which is in use, unless another is clearly better."""
+        """Index of the factor that predicts best; 0, that of the one in use, unless another is clearly better."""
         actual, _ = self.means()
         index = int(actual.argmax())
         return index if float(actual[index] - actual[0]) > CLEARLY else 0

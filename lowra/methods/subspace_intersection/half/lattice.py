@@ -64,7 +64,7 @@ def log_posterior(candidates: Tensor, centre: Tensor, half: Tensor, deviation: T
     return total
 
 
-def decode(grid: Grid, centre: Tensor, half: Tensor, variance: Tensor, limit: float, *, normal: bool) -> Site:
+def decode(grid: Grid, centre: Tensor, half: Tensor, variance: Tensor, *, limit: float, normal: bool) -> Site:
     """The posterior of W on the grid, for entries (q,) that are not settled at a glance.
 
     centre, half, variance: (n, q) as in `log_posterior`. limit: largest weight of a site. normal: take the cells for

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.half.fit import Factors, Quadratic, effective_variances, slope
-from lowra.methods.subspace_intersection.half.rounds import TOLERANCE
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, plain_sites
 
 # Layers of at most this many entries are solved at once.
@@ -27,7 +26,7 @@ LEAST, PER_RANK = 384, 20
 WORTH = 0.4
 
 # Clip and iterations of the extensions, which are linear.
-EXTENSION_CLIP, EXTENSION_ITERATIONS = 3.0, 8
+EXTENSION_CLIP, EXTENSION_ITERATIONS, EXTENSION_TOLERANCE = 3.0, 12, 0.01
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def one_side(cells: Cells, factors: Factors, side: str) -> Factors:
     down = slope(cells, sites, factors, sizes)
     variances = effective_variances(sites, factors.ranks, None)
     model = Quadratic(cells, sites, factors, side, sizes)
-    return factors.moved(model.step(down, variances, EXTENSION_ITERATIONS, TOLERANCE), 1.0)
+    return factors.moved(model.step(down, variances, EXTENSION_ITERATIONS, EXTENSION_TOLERANCE), 1.0)
 
 
 def extra_directions(cells: Cells, factors: Factors, count: int, generator: torch.Generator) -> Factors:

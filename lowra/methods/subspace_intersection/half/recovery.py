@@ -28,6 +28,10 @@ LIKELY = 12
 # have been far off before the held-out cells calibrated them.
 MODELS, MISFIT, DEVIATION, OVERCONFIDENCE = 3, 1.1, -0.05, -0.15
 
+# Nearness to a direction that all updates share (see `shared_direction`) from which nothing is certified. Independent
+# updates have .4 to .7, with a cosine of .8 between their spaces .87, with one of .99 .993.
+SHARED = 0.95
+
 # Updates below this many cells, in root mean square, are fitted from the vote at the full clip: only the smallest
 # weights show them. And the vote is tried at all up to the second.
 FAINT, VOTE = 0.35, 1.5
@@ -56,7 +60,8 @@ class HalfAnswer:
     share of them that is right on the bit. sure: share with a chance of at least `SURE`. w_error: log10
     of the expected mean square error. misfit: the largest chi of a
     model. likelihood: mean log probability of a held-out cell, deviation: less its expectation,
-    overconfidence: the same had the held-out cells not calibrated the updates' variances. start: name of the
+    overconfidence: the same had the held-out cells not calibrated the updates' variances. shared: see
+    `shared_direction`. start: name of the
     start. grid: name of W's. certified: as the module says. settled: the rounds came to rest.
     """
 
@@ -69,6 +74,7 @@ class HalfAnswer:
     likelihood: float
     deviation: float
     overconfidence: float
+    shared: float
     ranks: tuple[int, ...]
     start: str
     grid: torch.dtype
@@ -87,7 +93,9 @@ class HalfAnswer:
                 "Not certified: no updates of low rank were found that predict stored numbers held out; what most "
                 f"models store is returned. {share[0].upper()}{share[1:]}."
             )
-        if self.misfit > MISFIT:
+        if self.shared >= SHARED:
+            why = "has a direction that all updates share in columns or rows, along which others are as good"
+        elif self.misfit > MISFIT:
             why = f"leaves a misfit of {self.misfit:.2f} times the rounding"
         elif self.deviation < DEVIATION:
             why = f"predicts stored numbers held out worse than it should, by {-self.deviation:.2f} nats"
@@ -98,11 +106,25 @@ class HalfAnswer:
         return f"Not certified: the best explanation found {why}. If it is right: {share}."
 
 
+def shared_direction(factors: Factors) -> float:
+    """How nearly all updates have one direction of their column or row spaces in common: 1 where they do.
+
+    The largest eigenvalue of the mean of the projectors on the spaces. Along such a direction nothing tells the updates
+    from W but the grid, and a wrong explanation predicts stored numbers as well as the right one.
+    """
+    found = 0.0
+    for side in (factors.left, factors.right):
+        bases = torch.cat([torch.linalg.qr(part).Q for part in side], 1)
+        found = max(found, float(torch.linalg.matrix_norm(bases, 2)) ** 2 / len(side))
+    return found
+
+
 def certifiable(run: Run, models: int) -> bool:
-    """Whether an explanation predicts what it has not seen as well as it says it would."""
+    """Whether an explanation predicts what it has not seen as well as it says it would, and could not be another."""
     evidence = run.decoded.evidence
     return (
         models >= MODELS
+        and shared_direction(run.factors) < SHARED
         and max(run.misfit) <= MISFIT
         and evidence.calibrated_deviation >= DEVIATION
         and evidence.deviation >= OVERCONFIDENCE
@@ -158,7 +180,7 @@ class Recoverer:
                 name, run, cells = again, rerun, other
         if base == torch.float16:
             cells, run, base = self._coarser(cells, run)
-        if not certifiable(run, n) and self._off_grid(cells, run):
+        if not certifiable(run, n) and shared_direction(run.factors) < SHARED and self._off_grid(cells, run):
             return None
         if part is not None:
             whole = replace(whole, base=cells.base, twice=cells.twice)
@@ -188,7 +210,8 @@ class Recoverer:
         *,
         certified: bool = False,
     ) -> HalfAnswer:
-        assert decoded.weight is not None and decoded.chance is not None
+        assert decoded.weight is not None
+        assert decoded.chance is not None
         return HalfAnswer(
             weight=decoded.weight.div_(scale),
             chance=decoded.chance,
@@ -199,6 +222,7 @@ class Recoverer:
             likelihood=decoded.evidence.likelihood,
             deviation=decoded.evidence.calibrated_deviation,
             overconfidence=decoded.evidence.deviation,
+            shared=shared_direction(run.factors) if run else 0.0,
             ranks=run.factors.ranks if run else (),
             start=name,
             grid=base,
@@ -218,6 +242,8 @@ class Recoverer:
         for name, weight, rank, clips, last_resort in self._starts(cells, estimate, faint):
             if best is not None and (last_resort or faint > FAINT) and certifiable(best[1], n):
                 continue
+            if best is not None and last_resort and shared_direction(best[1].factors) >= SHARED:
+                continue  # no start finds what the merges do not show
             factors = factored(cells.stack * cells.scale, weight * cells.scale, [rank] * n, self.generator)
             run = converge(cells, factors, clips, most=LAST_RESORT if last_resort else MOST)
             tried[name + label] = run.likelihood
@@ -250,7 +276,8 @@ class Recoverer:
 
     def _coarser(self, cells: Cells, run: Run) -> tuple[Cells, Run, torch.dtype]:
         """W on bfloat16's grid rather than float16's, where its sure weights all but lie there."""
-        assert run.decoded.weight is not None and run.decoded.chance is not None
+        assert run.decoded.weight is not None
+        assert run.decoded.chance is not None
         sure = run.decoded.weight[run.decoded.chance > SURE]
         coarse = grid_of(torch.bfloat16, cells.scale)
         if len(sure) and float((coarse.nearest(sure) == sure).float().mean()) > COARSER:
@@ -273,7 +300,8 @@ class Recoverer:
         variances = Variances(variance.expand(n, d), variance.expand(n, k))
         sites = plain_sites(cells, MEDIAN * 1e-6)
         decoded = Sweep(cells, sites, nothing, variances, (0.0,) * n, MEDIAN).run(last=True)
-        assert decoded.weight is not None and decoded.chance is not None
+        assert decoded.weight is not None
+        assert decoded.chance is not None
         voted = cells.base.nearest(vote(cells.stack) * cells.scale)
         # Where the posterior prefers another number, the vote's has at most what is left.
         torch.where(voted == decoded.weight, decoded.chance, decoded.chance.neg().add_(1), out=decoded.chance)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lowra.methods.subspace_intersection.half.sites import Cells
 
-# Share of the entries, those where the cells are narrowest, that small updates are measured on; and the size in cells up
-# to which an update is small. (Where updates are large, cells are narrow where they cancel.)
+# Share of the entries, those where the cells are narrowest, that small updates are measured on; and the size in cells
+# up to which an update is small. (Where updates are large, cells are narrow where they cancel.)
 FINEST, LARGE = 0.05, 1.0
 
 
@@ -21,7 +21,7 @@ def update_sizes(cells: Cells) -> Tensor:
     gives the s_i^2. Where weights are large and updates below the spacing, differences are mostly zero and sometimes a
     whole spacing; where weights are small they are the updates'.
     """
-    n, d, _ = cells.stack.shape
+    d = cells.stack.shape[1]
     rows = torch.linspace(0, d - 1, min(d, 256)).long().to(cells.stack.device)
     centre, half = cells.grid.cell(cells.stack[:, rows] * cells.scale)
     centre, half = centre.flatten(1), half.flatten(1)

@@ -62,7 +62,10 @@ class Cells:
     def grid(self) -> Grid:
         """The grids of the models, to broadcast against (n, rows, k)."""
         grids = [grid_of(dtype, self.scale) for dtype in self.dtypes]
-        eps, tiny = (self.stack.new_tensor(values)[:, None, None] for values in zip(*((g.eps, g.tiny) for g in grids)))
+        eps, tiny = (
+            self.stack.new_tensor(values)[:, None, None]
+            for values in zip(*((g.eps, g.tiny) for g in grids), strict=True)
+        )
         return Grid(eps, tiny)
 
     def read(self, rows: slice) -> tuple[Tensor, Tensor]:
@@ -120,7 +123,10 @@ def plain_sites(cells: Cells, limit: float) -> Sites:
 def unit(stack: Tensor, dtypes: tuple[torch.dtype, ...]) -> float:
     """The power of two that makes half the median cell about one."""
     rows = torch.linspace(0, stack.shape[1] - 1, min(stack.shape[1], 256)).long()
-    halves = [grid_of(dtype).cell(weight[rows.to(weight.device)])[1].median() for weight, dtype in zip(stack, dtypes)]
+    halves = [
+        grid_of(dtype).cell(weight[rows.to(weight.device)])[1].median()
+        for weight, dtype in zip(stack, dtypes, strict=True)
+    ]
     middle = float(torch.stack(halves).median())
     return 2.0 ** -round(math.log2(max(middle, torch.finfo(torch.float32).tiny)))
 

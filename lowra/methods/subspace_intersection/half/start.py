@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def vote(stack: Tensor) -> Tensor:
         ordered = block.sort(0).values
         best, most = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2, torch.ones_like(ordered[0])
         run = torch.ones_like(ordered[0])
-        for before, here in zip(ordered, ordered[1:], strict=False):
+        for before, here in pairwise(ordered):
             run = run * (here == before) + 1
             more = run > most
             best, most = torch.where(more, here, best), torch.where(more, run, most)
