@@ -117,11 +117,7 @@ def effective_variances(sites: Sites, ranks: Sequence[int], before: Variances | 
                 (slice(s, s + step), slice(None, None, across)),
                 ranks,
                 2,
-<<<<<<< HEAD
                 None if before is None else before.by_row[:, s : s + step],
-=======
-                before and before.by_row[:, s : s + step],
->>>>>>> main
                 k,
             )
             for s in range(0, d, step)
@@ -136,11 +132,7 @@ def effective_variances(sites: Sites, ranks: Sequence[int], before: Variances | 
                 (slice(None, None, down), slice(s, s + step)),
                 ranks,
                 1,
-<<<<<<< HEAD
                 None if before is None else before.by_column[:, s : s + step],
-=======
-                before and before.by_column[:, s : s + step],
->>>>>>> main
                 d,
             )
             for s in range(0, k, step)
