@@ -656,8 +656,13 @@ def test_never_worse_than_the_mean_in_bfloat16(rms: float, base_dtype: torch.dty
     if rms > 1e-3:
         assert layer.error(recovery) < layer.floor() + 0.15
         assert recovery.stats["certificate"] == "certified"
-    if rms < 1e-3 / 2:
-        assert recovery.stats["certificate"] == "low_signal"
+    if (
+        rms < 1e-3 / 2 and base_dtype == torch.float32
+    ):  # a base between the numbers of the merges is not told cell by cell
+        assert recovery.stats["certificate"] in ("low_signal", "uncertified")
+    if recovery.stats["predicted_exact"] is not None and recovery.stats["certificate"] == "certified":
+        exact = float((recovery.candidates[0] == layer.base.float()).float().mean())
+        assert exact > recovery.stats["predicted_exact"] - 0.02  # the calibration asked of certified layers
 
 
 def test_an_estimate_too_far_from_the_mean_is_dropped() -> None:
