@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -68,6 +69,13 @@ def planted_layers(
             loras.append(Update(f"task_{j}", r, 2.0 * r, normal(r, k), normal(d, r)))
         name = f"model.layers.{i}.self_attn.q_proj.weight"
         yield Layer("", name, "base", normal(d, k), tuple(loras))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """Processes that tests start can be interrupted, also where the tests run in the background of a shell."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
