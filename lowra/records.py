@@ -533,7 +533,12 @@ def _scores(layers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, A
             heading = score["heading"] if column == score["column"] else column
             values = [known[str(name)][1] for name in digests]
             row = _place(group[0]) | {"models": list(group[0]["models"]), "metric": metric, "column": column}
-            row |= {"heading": heading, "settings": score["settings"], "value": sum(values) / len(values)}
+            row |= {
+                "headline": column == score["column"],
+                "heading": heading,
+                "settings": score["settings"],
+                "value": sum(values) / len(values),
+            }
             row |= {"weights": digests}
             newest = max(time for time, _ in known.values())
             if newest >= latest.get((metric, column), ("", {}))[0]:

@@ -296,6 +296,27 @@ def test_scores_are_joined_by_weights_and_averaged_over_candidates(tmp_path: Pat
     assert table["seconds"].tolist() == [0.5]
 
 
+def test_what_a_metric_measures_beside_its_own_column_is_no_headline(tmp_path: Path) -> None:
+    from lowra.reporting import write
+
+    store = opened(tmp_path, caption="a test", title="ViT", models=["a", "b", "c"])
+    store.append(layer("a"))
+    model = str(model_digest([layer("a")], 0))
+    # `sbert_std` is also what a table may call the deviation of `sbert`; the paper's are looked up by that name.
+    setting = {"subset": "mistral_sft", "n_loras": 12, "method": "lora_ft"}
+    store.append(layer("b", **setting, layer_name="b"))
+    other = str(model_digest([layer("b", layer_name="b")], 0))
+    for name in (model, other):
+        store.append(scored(name, -1.0, values=dumps({"sbert": -1.0, "sbert_std": 0.5, "sbert_same": 1.0})))
+    found = read([tmp_path])
+    headline = found.scores.set_index("column")["headline"].groupby(level=0).all()
+    assert headline.to_dict() == {"sbert": True, "sbert_std": False, "sbert_same": False}
+    text = write(found, tmp_path, methods_order=None, figures=False)
+    assert "SBERT" in text
+    assert "sbert_std" not in text
+    assert "sbert_std" in pd.read_parquet(tmp_path / "trials.parquet")
+
+
 def test_a_score_of_other_weights_is_not_joined(tmp_path: Path) -> None:
     store = opened(tmp_path)
     store.append(layer("a"))

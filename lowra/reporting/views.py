@@ -194,7 +194,10 @@ def views(records: Records, methods_order: Sequence[str] | None = None) -> list[
     summed["draw"] = summed["models"].map(draw_name)
     headings = {}
     if len(records.scores):
-        headings = dict(zip(records.scores["column"].map(str), records.scores["heading"].map(str), strict=True))
+        # A metric's own column; what else it measured stands in trials.parquet.
+        shown = records.scores
+        shown = shown[shown["headline"].astype(bool)] if "headline" in shown else shown
+        headings = dict(zip(shown["column"].map(str), shown["heading"].map(str), strict=True))
     known = list(methods_order or _configured(records.contexts))
     found = []
     for key, part in layers.groupby(list(SETTING), sort=True):

@@ -74,7 +74,10 @@ def test_one_configuration_of_a_copy_of_the_published_data(tmp_path: Path, confi
         (("builder._target_=torch.load",), "names 'torch.load', which is no dataclass"),
         (("builder._target_=lowra.nothing.X",), "names 'lowra.nothing.X', which cannot be imported"),
         (("builder.rank=${nothing}",), "configuration cannot be resolved"),
-        (("source=build", "~builder"), r"there is no conf/builder/vit_build\.yaml.*\(custom, mistral_dpo, mistral_sft, "),
+        (
+            ("source=build", "~builder"),
+            r"there is no conf/builder/vit_build\.yaml.*\(custom, mistral_dpo, mistral_sft, ",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_built(
