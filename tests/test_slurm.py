@@ -74,7 +74,7 @@ def process(shard: str, results: Path) -> int | None:
 def test_cancelled_and_killed_jobs_resubmitted_equal_an_undisturbed_run(tmp_path: Path, slurm: dict[str, str]) -> None:
     data = write_dataset(planted_layers(layers=4, d=24, k=20), tmp_path / "data")
     settings = ["subset=custom", "source=published", f"source.path={data}", "n_loras=3", "trials=4"]
-    settings += ["methods=[mean_lora,spectral_detuning]", "subset.steps=400", f"cache_dir={tmp_path / 'cache'}"]
+    settings += ["methods=[mean_lora,spectral_detuning]", "subset.steps=3000", f"cache_dir={tmp_path / 'cache'}"]
     results = tmp_path / "runs"
     whole, folder = tmp_path / "whole" / "custom" / "published", results / "custom" / "published"
 
