@@ -378,6 +378,20 @@ def test_a_base_on_no_grid_leaves_the_lattice_off() -> None:
     assert torch.equal(recovery.candidates, before.candidates)
 
 
+@pytest.mark.parametrize("plant", ["finer base", "component of two"])
+def test_without_a_grid_that_explains_the_merges_nothing_is_certified(plant: str) -> None:
+    """The closed form certifies both, and of the second it returns W plus what two of the three updates share."""
+    layer = Layer(mu=4.0, base_dtype=torch.float32 if plant == "finer base" else BF16)
+    if plant == "component of two":
+        generator = torch.Generator().manual_seed(5)
+        shared = torch.outer(torch.randn(96, generator=generator), torch.randn(96, generator=generator))
+        layer.updates[:2] += shared * layer.updates[0].norm() / shared.norm() / math.sqrt(3)
+        layer.merged = (layer.base + layer.updates).to(BF16).float()
+    recovery = recover(layer)
+    assert recovery.stats["certificate"] != "certified"
+    assert "ertified:" in recovery.status
+
+
 def test_two_models_are_never_certified() -> None:
     layer = Layer(ranks=(3, 3), mu=0.3)
     recovery = recover(layer)

@@ -655,7 +655,8 @@ def test_never_worse_than_the_mean_in_bfloat16(rms: float, base_dtype: torch.dty
     assert layer.error(recovery) < layer.mean_error() + 0.1
     if rms > 1e-3:
         assert layer.error(recovery) < layer.floor() + 0.15
-        assert recovery.stats["certificate"] == "certified"
+        # Off the grid of the merges nothing is certified: a component that two updates share looks the same.
+        assert recovery.stats["certificate"] == ("certified" if base_dtype == torch.bfloat16 else "uncertified")
     if (
         rms < 1e-3 / 2 and base_dtype == torch.float32
     ):  # a base between the numbers of the merges is not told cell by cell

@@ -107,12 +107,15 @@ class SubspaceIntersection:
         problem = pose(observation).subset(kept)
         half: HalfAnswer | None = None
         expected: float | None = None
-        if stored is not None and self.snap == self.refine == "auto":
+        by_cells = stored is not None and self.snap == self.refine == "auto"
+        if stored is not None and by_cells:
             weight, answer, half = self._solve_cells(problem, stack, stored)
         if half is None:
             weight, answer, expected = self._solve(problem)
             if problem.unit != 1:
                 weight = weight * problem.unit
+            if by_cells:
+                answer = off_grid(answer)
         stats: dict[str, Stat] = {
             "predicted_w_error": half.w_error if half else problem.in_units(answer.predicted),
             "expected_w_error": half.w_error if half else problem.in_units(expected),
@@ -178,6 +181,21 @@ class SubspaceIntersection:
             estimate = Estimate(weight.unsqueeze(0), [1.0], weight.new_zeros(d, 0), weight.new_zeros(k, 0))
         weight = grid.rounded(estimate)
         return weight, replace(answer, grid=grid.name), returned_error(answer, problem, grid, weight, refined=refine)
+
+
+def off_grid(answer: Answer) -> Answer:
+    """The answer where no base weight on a half-precision grid explains the merges: never certified.
+
+    A base that is finer looks like this, and so does one plus a component that several updates share.
+    """
+    if answer.certificate not in (Certificate.CERTIFIED, Certificate.WEAK):
+        return answer
+    sentence = (
+        "Not certified: no base weight on the grid of the merges explains them. It is finer than they are, or several "
+        f"updates share a component. In the first case: {answer.status}"
+    )
+    certificate = Certificate.UNCERTIFIED
+    return replace(answer, certificate=certificate, status=certificate.sentence(sentence=sentence))
 
 
 def refinable_ranks(answer: Answer, hint: int | None, *, half: bool, coarse: bool) -> tuple[int, ...]:
