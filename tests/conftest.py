@@ -100,3 +100,15 @@ def configure(tmp_path: Path) -> Callable[..., DictConfig]:
             return compose("config", overrides=[*paths, *overrides])
 
     return composed
+
+
+@pytest.fixture
+def custom(dataset: Path, configure: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+    """A run of the small data set with the cheap methods."""
+
+    def composed(*overrides: str) -> DictConfig:
+        data = ["subset=custom", "source=published", f"source.path={dataset}", "n_loras=3", "trials=2"]
+        methods = [] if any(o.startswith("methods=") for o in overrides) else ["methods=[mean_lora]"]
+        return configure(*data, *methods, *overrides)
+
+    return composed

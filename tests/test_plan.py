@@ -15,16 +15,6 @@ from lowra.errors import LowraError
 Configure = Callable[..., DictConfig]
 
 
-@pytest.fixture
-def custom(dataset: Path, configure: Configure) -> Configure:
-    def composed(*overrides: str) -> DictConfig:
-        data = ["subset=custom", "source=published", f"source.path={dataset}", "n_loras=3", "trials=2"]
-        methods = [] if any(o.startswith("methods=") for o in overrides) else ["methods=[mean_lora]"]
-        return configure(*data, *methods, *overrides)
-
-    return composed
-
-
 MISTAKES = [
     ("n_loras=1", "n_loras is 1; recovery compares models and needs at least 2"),
     ("n_loras=7", "n_loras is 7, but subset 'custom' has 6 models; ask for 2 to 6"),

@@ -30,18 +30,6 @@ Configure = Callable[..., DictConfig]
 TIMES = ["seconds", "finished", "context", "folder"]
 
 
-@pytest.fixture
-def custom(dataset: Path, configure: Configure) -> Configure:
-    """A run of the small data set with the cheap methods."""
-
-    def composed(*overrides: str) -> DictConfig:
-        data = ["subset=custom", "source=published", f"source.path={dataset}", "n_loras=3", "trials=2"]
-        methods = [] if any(o.startswith("methods=") for o in overrides) else ["methods=[mean_lora]"]
-        return configure(*data, *methods, *overrides)
-
-    return composed
-
-
 def numbers(folder: Path) -> pd.DataFrame:
     """Everything of a run's layers but its times."""
     layers = read([folder]).layers.drop(columns=TIMES)
