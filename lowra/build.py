@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from lowra import signals
 from lowra.cli import command
 from lowra.errors import LowraError
 from lowra.paths import conf_dir
@@ -30,6 +31,7 @@ def build(cfg: DictConfig) -> None:
     """Build what the configuration names and say where it lies. Raises LowraError for a source that builds nothing."""
     from lowra.bench.sources import Recipe, make_source
 
+    signals.stop()
     source = make_source(cfg)
     if not isinstance(source, Recipe):
         raise LowraError(f"source={source.name} builds nothing; give source=mini or source=build.")

@@ -12,27 +12,22 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lowra import signals
 from lowra.errors import LowraError, unknown
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal that asks to stop: finished work is kept, as after Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
 def command(work: Callable[[DictConfig], Any], config: str = "config") -> None:
     """Compose the configuration from the command line and do the work.
+
+    Until the work calls `lowra.signals.stop`, when its libraries are imported, a signal ends the process on the spot.
 
     A user's mistake is one sentence and exit status 2, a signal says how to go on (128 + its number); what ran but
     failed in part (a result with `failures`) is status 1. Other exceptions are bugs of ours and keep their traceback.
     """
-    stop_on_signals()
+    signals.leave()
     failed: list[Any] = []
 
     def whole() -> None:
@@ -73,29 +68,23 @@ def _in_job(work: Callable[[], Any]) -> Any:
     return result
 
 
-def stop_on_signals() -> None:
-    """Make the signals by which systems and clusters end a job stop it like Ctrl-C: cleanly, with a sentence."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise Stopped(number)
-
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
-            signal.signal(getattr(signal, name), stop)
-
-
 def tell_mistakes(work: Callable[[], Any]) -> Any:
-    """Turn a LowraError or an interrupt into a line on stderr and an exit status."""
+    """Turn a LowraError or an interrupt into a line on stderr and an exit status.
+
+    Libraries turn interrupts into errors of their own (an import that failed, a broken pool): what is raised after a
+    signal came is its doing.
+    """
     try:
         return work()
-    except LowraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt as error:
-        number = getattr(error, "number", signal.SIGINT)
-        by = f" by {error}" if str(error) else ""
-        print(f"\nstopped{by}; the same command continues where this one stopped.", file=sys.stderr)
-        raise SystemExit(128 + number) from None
+    except (Exception, KeyboardInterrupt) as error:
+        if signals.came() or isinstance(error, KeyboardInterrupt):
+            number = signals.came() or signal.SIGINT
+            print(signals.sentence(number), file=sys.stderr)
+            raise SystemExit(128 + number) from None
+        if isinstance(error, LowraError):
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        raise
 
 
 def check_choices(arguments: Sequence[str], config: str = "config") -> None:

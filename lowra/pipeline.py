@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from lowra import plan as planning
-from lowra import pool, reporting
+from lowra import pool, reporting, signals
 from lowra.bench.draws import Draw
 from lowra.judge import LayerJudge, ModelJudge
 from lowra.plan import Plan, Task, in_shard, shard_of
@@ -114,6 +114,7 @@ def recover(
         for draw in finished:
             score(plan, models, draw, mine is not None)
         for task, measured in pool.run(judge.judge, still_open(plan, store, todo, active, bar), jobs, threads):
+            signals.check()
             bar.set_description(str(task.draw), refresh=False)
             for name, found in zip(task.variants, measured, strict=True):
                 record = store.append(plan.coordinates(task.draw, task.index, plan.variants[name]) | found)
@@ -164,6 +165,7 @@ def score(plan: Plan, models: ModelJudge, draw: Draw, sharded: bool) -> None:
     """Score a draw's recovered models, where the run has metrics and is whole."""
     if plan.metrics and not sharded:
         for variant in plan.variants.values():
+            signals.check()
             models.score(draw, variant)
 
 

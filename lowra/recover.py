@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lowra import signals
 from lowra.cli import command
 from lowra.errors import LowraError, unknown
 
@@ -25,6 +26,7 @@ def recover(cfg: DictConfig) -> None:
     from lowra.methods.base import as_method
     from lowra.recovery.session import Request, carry_out, foresee, make_plan
 
+    signals.stop()
     for key, expected in (("models", "models='[A,B,C]'"), ("output", "output=FOLDER, or output=null for an audit")):
         if OmegaConf.is_missing(cfg, key):
             raise LowraError(f"{key} has no value; give {expected}.")

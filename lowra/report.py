@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowra import signals
 from lowra.cli import tell_mistakes
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if bool(arguments.folders) == bool(arguments.verify):
         parser.error("give FOLDERs to report, or --verify FOLDER")
+    signals.leave()
     tell_mistakes(lambda: work(arguments))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lowra import signals
 from lowra.cli import command
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def run(cfg: DictConfig) -> Any:
     """
     from lowra.pipeline import run as work
 
+    signals.stop()
     return work(cfg)
 
 

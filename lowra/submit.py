@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lowra import signals
 from lowra.cli import quiet_libraries, tell_mistakes
 
 TRACKS = ("paper", "three", "released", "one_short")
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--subsets", default=",".join(SUBSETS), help="of which subsets (default: %(default)s)")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: results/leaderboard/NAME")
     arguments = parser.parse_args()
+    signals.leave()
     tell_mistakes(lambda: work(arguments))
 
 

@@ -29,21 +29,29 @@ def test_one_job_works_here() -> None:
 
 
 def test_two_jobs_work_elsewhere_with_their_share_of_threads() -> None:
-    taken = []
-
-    def tasks() -> Iterator[int]:
-        for i in range(12):
-            taken.append(i)
-            yield i
-
-    found = {}
-    for task, value in pool.run(square, tasks(), 2, 1):
-        found[task] = value
-        if len(found) == 1:
-            assert len(taken) <= 6  # tasks are taken as workers become free, not all at once
+    found = dict(pool.run(square, range(12), 2, 1))
     assert {task: value[0] for task, value in found.items()} == {i: i * i for i in range(12)}
     assert os.getpid() not in {value[1] for value in found.values()}
     assert {value[2] for value in found.values()} == {1}
+
+
+def dozing(task: int) -> int:
+    time.sleep(0.02)
+    return task
+
+
+def test_tasks_are_taken_as_workers_become_free() -> None:
+    taken = []
+
+    def tasks() -> Iterator[int]:
+        for i in range(200):  # 2 s of work for two
+            taken.append(i)
+            yield i
+
+    results = pool.run(dozing, tasks(), 2, 1)
+    next(results)
+    assert len(taken) < 100  # not all at once
+    results.close()
 
 
 def failing(task: int) -> int:

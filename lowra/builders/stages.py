@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lowra import signals
 from lowra.digests import file_digest, visible_files
 from lowra.errors import LowraError
 
@@ -48,6 +49,7 @@ def stage(folder: Path, work: Work) -> dict[str, Any]:
     partial = folder.with_name(f"{folder.name}.partial")
     waited = _Wait(folder)
     while (report := finished(folder)) is None:
+        signals.check()
         with _locked(partial) as lock:
             if lock == "busy" and not waited.enough(partial / _LOCK):
                 time.sleep(_POLL_S)

@@ -14,7 +14,7 @@ from lowra.methods.subspace_intersection import SubspaceIntersection
 from lowra.methods.subspace_intersection.half import formats, levels
 from lowra.methods.subspace_intersection.half.boxes import log_probability, score_and_curvature
 from lowra.methods.subspace_intersection.half.cells import Grid, format_of, grid_of
-from lowra.methods.subspace_intersection.half.fit import Factors, Quadratic, effective_variances, slope
+from lowra.methods.subspace_intersection.half.fit import Factors, Quadratic, effective_variances, qr_of, slope
 from lowra.methods.subspace_intersection.half.lattice import around, decode, settled
 from lowra.methods.subspace_intersection.half.rounds import FROM_NEARBY, converge
 from lowra.methods.subspace_intersection.half.signal import update_sizes
@@ -254,6 +254,26 @@ def test_slope_and_curvature_are_those_of_the_objective() -> None:
     steep = change.dot(slope(cells, sites, factors))
     assert gained == pytest.approx(curved - 2 * steep, rel=1e-3)  # sums in float32
     assert curved > 0
+
+
+def test_a_factorization_that_underflowed_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a float32 LAPACK does on some processors; on others only the double-precision branch is not needed.
+    plain = torch.linalg.qr
+
+    def underflowing(part: Tensor) -> tuple[Tensor, ...]:
+        return tuple(factor * math.nan if part.dtype == torch.float32 else factor for factor in plain(part))
+
+    matrix = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    matrix[:, 3:] = matrix[:, :3] * 1e-39
+    monkeypatch.setattr(
+        torch.linalg,
+        "qr",
+        lambda m: [part * float("nan") for part in plain(m)] if m.dtype == torch.float32 else plain(m),
+    )
+    q, r = qr_of(matrix)
+    assert q.dtype == torch.float32
+    assert torch.allclose(q @ r, matrix, atol=1e-6)
+    assert torch.allclose(q.mT @ q, torch.eye(6), atol=1e-5)
 
 
 def test_a_full_step_minimises_the_model() -> None:

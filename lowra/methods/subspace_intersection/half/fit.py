@@ -77,10 +77,22 @@ class Factors:
 
 def balanced_pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """One pair of factors in balanced form."""
-    (ql, rl), (qr, rr) = torch.linalg.qr(left), torch.linalg.qr(right)
+    (ql, rl), (qr, rr) = qr_of(left), qr_of(right)
     u, s, vh = torch.linalg.svd(rl @ rr.mT)
     root = s.sqrt()
     return ql @ (u * root), qr @ (vh.mT * root)
+
+
+def qr_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and R, also of columns that all but vanish: float32 LAPACKs divide by norms that underflowed.
+
+    Such columns come from starts that equal a model in most entries; which processor returns NaN for which is luck.
+    """
+    q, r = torch.linalg.qr(matrix)
+    if torch.isfinite(q).all() and torch.isfinite(r).all():
+        return q, r
+    q, r = torch.linalg.qr(matrix.double())
+    return q.to(matrix), r.to(matrix)
 
 
 # ---- Effective variances --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowra.methods.subspace_intersection.half import levels
 from lowra.methods.subspace_intersection.half.cavity import SURE, Decoded, Sweep
 from lowra.methods.subspace_intersection.half.cells import format_of, grid_of
-from lowra.methods.subspace_intersection.half.fit import Factors, Variances
+from lowra.methods.subspace_intersection.half.fit import Factors, Variances, qr_of
 from lowra.methods.subspace_intersection.half.rounds import FROM_AFAR, FROM_NEARBY, MOST, SLACK, Run, converge
 from lowra.methods.subspace_intersection.half.signal import update_sizes
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, hold_out, plain_sites, unit
@@ -114,7 +114,7 @@ def shared_direction(factors: Factors) -> float:
     """
     found = 0.0
     for side in (factors.left, factors.right):
-        bases = torch.cat([torch.linalg.qr(part).Q for part in side], 1)
+        bases = torch.cat([qr_of(part)[0] for part in side], 1)
         found = max(found, float(torch.linalg.matrix_norm(bases, 2)) ** 2 / len(side))
     return found
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lowra.methods.subspace_intersection.half.fit import Factors
+from lowra.methods.subspace_intersection.half.fit import Factors, qr_of
 
 # Columns beyond the rank in the range finder, and its power passes.
 OVERSAMPLING, PASSES = 8, 2
@@ -41,8 +41,8 @@ def factored(stack: Tensor, weight: Tensor, ranks: list[int], generator: torch.G
         columns = min(rank + OVERSAMPLING, *rest.shape)
         basis = rest @ torch.randn(rest.shape[1], columns, generator=generator).to(rest.device)
         for _ in range(PASSES):
-            basis = rest @ (rest.mT @ torch.linalg.qr(basis).Q)
-        basis = torch.linalg.qr(basis).Q  # (d, columns)
+            basis = rest @ (rest.mT @ qr_of(basis)[0])
+        basis = qr_of(basis)[0]  # (d, columns)
         u, s, vh = torch.linalg.svd(basis.mT @ rest, full_matrices=False)
         root = s[:rank].clamp(min=1e-12).sqrt()
         lefts.append(basis @ (u[:, :rank] * root))
