@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import numbers
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -271,17 +270,6 @@ class ModelJudge:
                 headings[name] = f"{headings[name]}, {variant.label}" if name in headings else variant.label
         return headings
 
-    def close(self) -> None:
-        """Delete outputs of models that are not shown."""
-        import shutil
-
-        for name in self.plan.metrics:
-            shutil.rmtree(self._artifacts(name) / self._scratch, ignore_errors=True)
-
-    @property
-    def _scratch(self) -> str:
-        return f"scratch-{os.getpid()}"
-
     def _records(self, draw: Any, variant: Variant) -> list[dict[str, Any]] | None:
         """A draw's records by a variant, None unless all layers are there and none failed."""
         found = [self.store.get("layer", self.plan.key(draw, index, variant)) for index in self.plan.layers]
@@ -297,12 +285,17 @@ class ModelJudge:
             made = self.plan.metrics[metric]
             base = str(self.plan.data.base)
             self.fixed[metric] = {
-                "settings": json.dumps(options(self.plan.cfg.metrics[metric]), sort_keys=True, default=str),
+                "settings": json.dumps(self._options(metric), sort_keys=True, default=str),
                 "inputs": made.inputs(self.plan.data.evaluation),
                 "base": folder_digest(Path(base)) if Path(base).is_dir() else base,
                 "code": code_digest(module_of(made)),
             }
         return self.fixed[metric]
+
+    def _options(self, metric: str) -> dict[str, Any]:
+        """A metric's settings but for those that only say where something lies: `inputs` says what lies there."""
+        places = getattr(self.plan.metrics[metric], "places", ())
+        return {name: value for name, value in options(self.plan.cfg.metrics[metric]).items() if name not in places}
 
     def _key(self, metric: str, model: str) -> str:
         settings = self._settings(metric)
@@ -343,7 +336,7 @@ class ModelJudge:
                 artifacts = self._artifacts(metric)
                 data = self.plan.data
                 self.scorers[metric] = made.scorer(data.base, data.evaluation, self.plan.device, artifacts)
-            values = _numbers(self.scorers[metric].score(weights, model if shown else f"{self._scratch}/{model}"))
+            values = _numbers(self.scorers[metric].score(weights, model if shown else None))
         except LowraError:
             raise
         except (Exception, SystemExit) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +22,7 @@ from lowra.judge import LayerJudge, ModelJudge
 from lowra.plan import Plan, Task, in_shard, shard_of
 from lowra.records import LAYER, SCORE, KeptWeights, Store, tables
 
-REFRESH_SECONDS = 2.0  # between looks at what other processes have finished
+REFRESH_SECONDS = 0.5  # between looks at what other processes have finished
 TABLES_SECONDS = 2.0  # at least so long between two writings of the tables while a run is under way, ...
 TABLES_SHARE = 20  # ... and so many times as long as writing them takes
 
@@ -51,7 +53,6 @@ def run(cfg: DictConfig) -> Outcome:
     try:
         recover(plan, store, judge, models, jobs, threads, outcome)
     finally:
-        models.close()
         store.close()
     outcome.failures += models.problems
     if shard:
@@ -147,18 +148,30 @@ def shares(plan: Plan) -> set[tuple[Draw, int]] | None:
 
 
 def still_open(plan: Plan, store: Store, todo: Sequence[Task], active: Sequence[str], bar: Any) -> Iterator[Task]:
-    """The tasks that nobody has finished meanwhile, of variants that are still tried."""
+    """The tasks that nobody has finished meanwhile, of variants that are still tried.
+
+    Draws come in order. So do the layers of a draw, until another process is seen at work on them: from there on they
+    come at random, so that the two do not walk side by side and do everything twice.
+    """
     looked = time.monotonic()
-    for task in todo:
-        if time.monotonic() - looked > REFRESH_SECONDS:
-            store.refresh()
-            looked = time.monotonic()
-        names = tuple(
-            name
-            for name in task.variants
-            if name in active and not store.done(LAYER, plan.key(task.draw, task.index, plan.variants[name]))
-        )
-        yield replace(task, variants=names)
+    of_its_own = random.Random()  # what is worked at when is nobody's result
+    alone = True
+    for _, group in itertools.groupby(todo, key=lambda task: task.draw):
+        waiting = list(group)[::-1]
+        while waiting:
+            if time.monotonic() - looked > REFRESH_SECONDS:
+                alone = not store.refresh() and alone
+                looked = time.monotonic()
+            if not alone:
+                chosen = of_its_own.randrange(len(waiting))
+                waiting[-1], waiting[chosen] = waiting[chosen], waiting[-1]
+            task = waiting.pop()
+            lacking = [
+                n for n in task.variants if not store.done(LAYER, plan.key(task.draw, task.index, plan.variants[n]))
+            ]
+            names = tuple(name for name in lacking if name in active)
+            bar.update(len(task.variants) - len(names))
+            yield replace(task, variants=names)
 
 
 def score(plan: Plan, models: ModelJudge, draw: Draw, sharded: bool) -> None:

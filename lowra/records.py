@@ -154,10 +154,12 @@ class Store:
 
     # -- reading
 
-    def refresh(self) -> None:
-        """Take in what other processes have written since."""
+    def refresh(self) -> bool:
+        """Take in what other processes have written since; whether there was anything."""
         with self._lock:
+            before = dict(self._offsets)
             self._refresh()
+            return self._offsets != before
 
     def _refresh(self) -> None:
         for _ in range(3):  # a journal that vanishes while we look has become a parquet file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -19,11 +20,12 @@ import pytest
 import torch
 from conftest import planted_layers
 from omegaconf import DictConfig, open_dict
+from tqdm import tqdm
 
 from lowra import pipeline, plan
 from lowra.bench.schema import write_dataset
 from lowra.judge import LayerJudge
-from lowra.records import read, trials
+from lowra.records import Store, read, trials
 
 Configure = Callable[..., DictConfig]
 
@@ -153,6 +155,29 @@ def test_shards_add_up_to_an_undisturbed_run(
     folder = pipeline.run(custom(*settings)).folder
     assert not done
     pd.testing.assert_frame_equal(whole, numbers(folder))
+
+
+def test_two_processes_on_one_folder_share_the_work(tmp_path: Path, custom: Configure, monkeypatch: Any) -> None:
+    # Two whole runs walk in the same order; they notice each other, and part.
+    monkeypatch.setattr(pipeline, "REFRESH_SECONDS", 0)
+    write_dataset(planted_layers(layers=40), tmp_path / "many")
+    made = plan.prepare(custom("trials=1", "methods=[mean_lora]", f"source.path={tmp_path}/many"))
+    stores = [Store(made.folder), Store(made.folder)]
+    todo = list(made.tasks(stores[0], made.draws[0], ["mean_lora"]))
+    walks = []
+    for store in stores:
+        store.open(made.context(1, 1))
+        walks.append(pipeline.still_open(made, store, todo, ["mean_lora"], tqdm(disable=True)))
+    judge = pipeline.layer_judge(made, 1)
+    worked = 0
+    for pair in itertools.zip_longest(*walks):
+        for task, store in zip(pair, stores, strict=True):
+            if task is not None and task.variants:
+                worked += 1
+                (found,) = judge.judge(task)
+                store.append(made.coordinates(task.draw, task.index, made.variants["mean_lora"]) | found)
+    assert len({record["key"] for record in stores[0].all("layer")}) == len(todo) == 40
+    assert worked <= 48  # side by side all the way it would be 80
 
 
 def test_shards_share_the_work_evenly_and_do_not_depend_on_what_is_done() -> None:
@@ -497,10 +522,10 @@ def test_killed_and_concurrent_processes_leave_the_tables_of_an_undisturbed_run(
 class Norm:
     """A metric that scores the mean of all recovered weights, and keeps a file a model."""
 
-    column, pretty, kinds = "norm", "Norm", ("custom",)
+    column, pretty, kinds, places = "norm", "Norm", ("custom",), ("folder",)
 
     def __init__(self, answer: Any = None, bias: float = 0.0) -> None:
-        self.labels: list[str] = []
+        self.labels: list[str | None] = []
         self.shown: list[dict[str, str]] = []
         self.answer, self.bias = answer, bias
 
@@ -522,11 +547,12 @@ class Norm:
         self.artifacts = artifacts
         return self
 
-    def score(self, weights: dict[tuple[str, str], torch.Tensor], label: str) -> Any:
+    def score(self, weights: dict[tuple[str, str], torch.Tensor], label: str | None) -> Any:
         self.labels.append(label)
-        path = self.artifacts / f"{label}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(label)
+        if label is not None:
+            path = self.artifacts / f"{label}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(label)
         assert sorted(weights) == [("", f"model.layers.{i}.self_attn.q_proj.weight") for i in range(3)]
         if self.answer is not None:
             return self.answer() if callable(self.answer) else self.answer
@@ -565,11 +591,10 @@ def test_a_metric_scores_recovered_models_averaged_over_candidates(custom: Confi
     # The mean of three models' means is the mean of their mean, up to float32 rounding of the merged weights.
     assert table.loc["lora_ft", "norm"].tolist() == pytest.approx(table.loc["mean_lora", "norm"].tolist(), abs=1e-8)
     drawn = {m for models in found.layers["models"] for m in models}
-    scored = {label.rpartition("/")[2] for label in norm.labels}
-    assert len(scored) == len(drawn) + 3  # each fine-tuned model once, and three means
+    assert len(norm.labels) == len(drawn) + 3  # each fine-tuned model once, and three means
+    assert sum(label is not None for label in norm.labels) == 2  # outputs of the first draw alone are kept
     assert [list(columns.values()) for columns in norm.shown] == [["Pre-FT (truth)", "Mean LoRA", "LoRA FT"]]
     assert not (outcome.folder / "weights").exists()
-    assert not list(outcome.folder.rglob("scratch-*"))
 
 
 def test_scores_are_keyed_by_base_inputs_and_settings(custom: Configure, use: Any) -> None:
@@ -583,6 +608,10 @@ def test_scores_are_keyed_by_base_inputs_and_settings(custom: Configure, use: An
     five = pd.read_parquet(pipeline.run(custom(*cfg)).folder / "trials.parquet")["norm"].iloc[0]
     assert five == pytest.approx(one + 5)
     assert len(other.labels) == 1
+    placed = use(Norm())
+    moved = ("+metrics.norm={_target_: x, folder: %s}", "trials=1")
+    pipeline.run(custom(*(part % "there" if "%s" in part else part for part in moved)))
+    assert not placed.labels  # where something lies is no setting
     based = use(Norm(), base="another base")
     pipeline.run(custom(*cfg))
     assert len(based.labels) == 1

@@ -5,7 +5,6 @@ Nothing heavy is imported here, nor by a metric's module before its first model 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -92,12 +91,6 @@ class Metric(Protocol):
         columns: label to heading, in order, the reference first. Raises LowraError for a label without outputs.
         """
         ...
-
-
-def settings(metric: Any) -> dict[str, Any]:
-    """The fields of a metric that decide its scores, by name: all but those that only say where something lies."""
-    places = getattr(metric, "places", ())
-    return {f.name: getattr(metric, f.name) for f in dataclasses.fields(metric) if f.name not in places}
 
 
 # ---- Digests and files ------------------------------------------------------------------------------------------

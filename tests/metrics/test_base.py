@@ -11,18 +11,10 @@ import yaml
 from hydra.utils import get_class
 
 from lowra.files import replacing
-from lowra.metrics.base import digest, settings, write_json
+from lowra.metrics.base import digest, write_json
 from lowra.paths import conf_dir
 
 CONFIGS = sorted((conf_dir() / "metrics").glob("*.yaml"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    folder: str
-    size: int
-
-    places = ("folder",)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -42,10 +34,6 @@ def test_importing_the_metrics_loads_no_model_library() -> None:
     light = "import sys, lowra.metrics.base; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_where_something_lies_is_no_setting() -> None:
-    assert settings(Made("a", 1)) == {"size": 1}
 
 
 def test_digests_depend_on_everything_and_its_order() -> None:
