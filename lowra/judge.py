@@ -307,7 +307,8 @@ class ModelJudge:
 
     def _there(self, metric: str, model: str, *, shown: bool) -> bool:
         """Whether a model is scored, and its outputs are there where they are to be shown."""
-        kept = not shown or any(self._artifacts(metric).glob(f"{model}*"))
+        outputs = shown and getattr(self.plan.metrics[metric], "keeps_outputs", False)
+        kept = not outputs or any(self._artifacts(metric).glob(f"{model}*"))
         if not self.store.done(SCORE, self._key(metric, model)):
             self.store.refresh()
         return kept and self.store.done(SCORE, self._key(metric, model))

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from lowra import __version__
 from lowra.code import code_digest
+from lowra.errors import unknown
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,19 @@ def recipe_key(builder: Any) -> str:
     kind = type(builder)
     parts = [__version__, kind.__qualname__, code_digest(kind.__module__, within="lowra.builders"), recipe]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+# Names that transformers' Trainer has had for years: to look them up it would be imported, for seconds, in every run.
+_USUAL = ("adamw_torch", "adamw_torch_fused", "linear", "cosine", "constant")
+
+
+def check_trainer_names(optimizer: tuple[str, str], scheduler: tuple[str, str]) -> None:
+    """Raise LowraError, with those there are, for an optimiser or a schedule (setting, value) that Trainer lacks."""
+    if optimizer[1] in _USUAL[:2] and scheduler[1] in _USUAL[2:]:
+        return
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    for (setting, value), known in ((optimizer, OptimizerNames), (scheduler, SchedulerType)):
+        if value not in (names := [str(one.value) for one in known]):
+            raise unknown(f"builder.{setting}", value, names)

@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from lowra.bench.schema import write_dataset
-from lowra.builders.base import Built, recipe_key
+from lowra.builders.base import Built, check_trainer_names, recipe_key
 from lowra.builders.causal_lm_mini import DocumentationPreferences, Miniature
 from lowra.builders.peft_adapters import lora_layers
 from lowra.builders.stages import finished, stage
@@ -140,17 +140,9 @@ class _Stage:
         return wanted
 
     def _check_stage(self) -> None:
-        from transformers import SchedulerType
-        from transformers.training_args import OptimizerNames
-
         check_fields(self, "builder")
         self._wanted()
-        for name, value, known in (
-            ("optimizer", self.optimizer, OptimizerNames),
-            ("scheduler", self.scheduler, SchedulerType),
-        ):
-            if value not in (names := [str(one.value) for one in known]):
-                raise unknown(f"builder.{name}", value, names)
+        check_trainer_names(("optimizer", self.optimizer), ("scheduler", self.scheduler))
         if (gpus := torch.cuda.device_count()) > 1:
             raise LowraError(
                 f"{gpus} GPUs are visible and one trains one model: set CUDA_VISIBLE_DEVICES to one of them, and start "

@@ -14,14 +14,16 @@ import sysconfig
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from datasets import Dataset
 from tqdm import tqdm
 
 from lowra.checks import Count, Positive, Range, Seed, Weight
 from lowra.errors import LowraError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class DocumentationChats:
 
     def load(self) -> Dataset:
         """Two turns a row: what a name does, and where it is."""
+        from datasets import Dataset
+
         chats = []
         for entry in _sample(self.rows, self.seed):
             turns = [
@@ -111,6 +115,8 @@ class DocumentationPreferences:
 
     def load(self) -> Dataset:
         """The pairs, one question each."""
+        from datasets import Dataset
+
         shuffle = random.Random(self.seed)
         pairs: list[dict[str, Any]] = []
         for entry in _sample(self.rows, self.seed):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from lowra.bench.schema import Layer, write_dataset
 from lowra.bench.updates import Update, check_alpha, check_rank
 from lowra.builders.base import Built
 from lowra.builders.kohya_files import LoraFile, expected_modules
-from lowra.builders.peft_adapters import natural_order
+from lowra.builders.peft_adapters import natural_order, patterned
 from lowra.checkpoints.reading import Checkpoint, component_folder, open_checkpoint, other_files, resolve
 from lowra.checkpoints.writing import create_shard, index_name, index_text, pieces, plan_shards
 from lowra.checks import Name, Names, OneOf
@@ -162,7 +161,7 @@ class PeftFolder:
         values = []
         for default, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
             patterns = self.config.get(pattern) or {}
-            values.append(patterns.get(get_pattern_key(list(patterns), module), self.config.get(default)))
+            values.append(patterned(patterns, module, self.config.get(default)))
         rank = check_rank(values[0], f"The rank {where}")
         if rank != found:
             raise LowraError(f"The rank {where} is {rank}, and the factors' is {found}.")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -96,7 +95,16 @@ class Adapter:
             raise LowraError(
                 f"{pattern} of the adapter in {self.folder} is {patterns!r}; expected modules and numbers."
             )
-        return patterns.get(get_pattern_key(list(patterns), module), self.config.get(default))
+        return patterned(patterns, module, self.config.get(default))
+
+
+def patterned(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """A module's entry among PEFT's patterns (`rank_pattern`, `alpha_pattern`), as PEFT matches them."""
+    if not patterns:
+        return default
+    from peft.utils.other import get_pattern_key  # peft takes seconds to import
+
+    return patterns.get(get_pattern_key(list(patterns), module), default)
 
 
 def natural_order(name: str) -> tuple[tuple[int, str], ...]:

@@ -30,20 +30,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_snr
-from peft import LoraConfig, inject_adapter_in_model
-from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lowra.bench.updates import Update
 from lowra.builders.kohya_files import Module, expected_modules, write_kohya
@@ -52,6 +46,10 @@ from lowra.builders.stages import stage
 from lowra.checks import Count, Filled, MultipleOf, Positive, Rate, Seed
 from lowra.errors import LowraError
 from lowra.quiet import quiet
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 # scheduler/scheduler_config.json of SD 1.5; DDPM and PNDM share the noise schedule.
 NOISE_SCHEDULE: dict[str, Any] = {
@@ -151,6 +149,8 @@ class Miniature:
     # ---- Stages -------------------------------------------------------------------------------------------------
 
     def _train_vae(self, folder: Path) -> dict[str, Any]:
+        from diffusers import AutoencoderKL
+
         generator = self._seed(0)
         vae = AutoencoderKL(
             block_out_channels=tuple(self.vae_channels),
@@ -188,6 +188,9 @@ class Miniature:
         return {"final_loss": losses, "psnr_db": float(-10 * error.log10())}
 
     def _train_base(self, folder: Path, vae_folder: Path, look: dict[str, Any]) -> dict[str, Any]:
+        from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
         generator = self._seed(1)
         scenes = random_scenes(self.pictures, generator)
         captions = [scene.caption for scene in scenes]
@@ -261,6 +264,9 @@ class Miniature:
         }
 
     def _train_lora(self, folder: Path, root: Path, style: str, look: dict[str, Any]) -> dict[str, Any]:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.utils import get_peft_model_state_dict
+
         generator = self._seed(2 + list(STYLES).index(style))
         pipeline = load_pipeline(root / "base")
         unet, text_encoder = pipeline.unet, pipeline.text_encoder
@@ -333,6 +339,8 @@ class Miniature:
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges are learnt from the captions: every word becomes one token."""
+    from transformers import CLIPTokenizer
+
     start, end = "<|startoftext|>", "<|endoftext|>"
     blank = CLIPTokenizer(vocab={start: 0, end: 1}, merges=[])
     tokenizer = blank.train_new_from_iterator(captions, vocab_size=1000, show_progress=False)
@@ -354,6 +362,8 @@ def vae_scale(vae: AutoencoderKL) -> int:
 
 def load_pipeline(base: Path) -> StableDiffusionPipeline:
     """The pipeline stored in a diffusers folder, without a safety checker and without bars about loading it."""
+    from diffusers import StableDiffusionPipeline
+
     with quiet():
         return StableDiffusionPipeline.from_pretrained(base, safety_checker=None, requires_safety_checker=False)
 
@@ -415,6 +425,9 @@ def train_diffusion(
     latents: (n, 4, h, w). tokens: (n, length); empty: (length,), the tokens of no caption. Returns the final loss (see
     `_train`).
     """
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
     noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE)
 
     def loss() -> Tensor:
@@ -440,6 +453,8 @@ def _train(
     schedule: str = "cosine",
 ) -> float:
     """AdamW on `loss()`, gradients clipped to norm 1. Returns the mean loss of the last tenth of the steps."""
+    from diffusers.optimization import get_scheduler
+
     for model in models:
         model.train()
     parameters = [p for model in models for p in model.parameters() if p.requires_grad]

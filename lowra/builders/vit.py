@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from lowra.bench.images import image_processor, pixel_values
 from lowra.bench.schema import Layer, write_dataset
-from lowra.builders.base import Built
+from lowra.builders.base import Built, check_trainer_names
 from lowra.builders.peft_adapters import Adapter, checkpoint_state, layer_names, lora_layers
 from lowra.builders.stages import stage
 from lowra.builders.vit_mini import Miniature
@@ -113,15 +113,7 @@ class VitBuilder:
                 raise unknown("ViT task", task, TASKS, "Choose by builder.tasks=[...].")
         if len(set(self.tasks)) < len(self.tasks):
             raise LowraError(f"builder.tasks is {list(self.tasks)}; expected different tasks.")
-        from transformers import SchedulerType
-        from transformers.training_args import OptimizerNames
-
-        for name, value, known in (
-            ("optimiser", self.optimiser, [str(optimiser.value) for optimiser in OptimizerNames]),
-            ("schedule", self.schedule, [str(schedule.value) for schedule in SchedulerType]),
-        ):
-            if value not in known:
-                raise unknown(f"builder.{name}", value, known)
+        check_trainer_names(("optimiser", self.optimiser), ("schedule", self.schedule))
         if self.precision == "float16" and (self.use_cpu or not torch.cuda.is_available()):
             raise LowraError("builder.precision=float16 needs CUDA; use float32 or bfloat16 on this machine.")
         for head in self.modules_to_save:

@@ -40,7 +40,8 @@ class Metric(Protocol):
     """A semantic metric is a frozen dataclass; its fields are its settings.
 
     A field that only says where something lies (a folder, a file) is named in `places`, if there is one: what lies
-    there decides scores through `inputs`, where it lies does not.
+    there decides scores through `inputs`, where it lies does not. One whose scorer keeps outputs to be shown, texts or
+    images, has `keeps_outputs = True`.
     """
 
     @property

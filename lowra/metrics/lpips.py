@@ -67,6 +67,7 @@ class Lpips:
 
     column: ClassVar[str] = "lpips"
     kinds: ClassVar[tuple[str, ...]] = ("text_to_image",)
+    keeps_outputs: ClassVar[bool] = True
     places: ClassVar[tuple[str, ...]] = ("trunk_path", "captions")
 
     @property

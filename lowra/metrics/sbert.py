@@ -65,6 +65,7 @@ class Sbert:
     column: ClassVar[str] = "sbert"
     pretty: ClassVar[str] = "SBERT"
     kinds: ClassVar[tuple[str, ...]] = ("causal_lm",)
+    keeps_outputs: ClassVar[bool] = True
     places: ClassVar[tuple[str, ...]] = ("prompts", "prompts_repo", "prompts_file", "encoder")
 
     def ready(self) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -34,3 +36,14 @@ def test_a_recipes_key_follows_the_builders_code(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(base, "code_digest", lambda module, within: asked.append(module) or "edited")
     assert recipe_key(Recipe(4, Inner(8))) != before
     assert asked == [Recipe.__module__]
+
+
+def test_a_builder_whose_models_are_there_loads_no_model_library() -> None:
+    # A run on built models makes the builder to know its cache folder: seconds of imports would come before each.
+    code = (
+        "import sys, lowra.builders.vit, lowra.builders.stable_diffusion, lowra.builders.causal_lm\n"
+        "import lowra.builders.custom\n"
+        "print([m for m in ('transformers', 'diffusers', 'peft', 'datasets', 'trl') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
