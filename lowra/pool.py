@@ -65,7 +65,9 @@ def _parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: in
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise LowraError(f"The work cannot be sent to other processes ({error}); use jobs=1.") from None
     name = f"{os.getpid()}-{time.monotonic_ns()}"
-    with _signals_blocked(), parallel_config(backend="loky", inner_max_num_threads=threads):
+    # Watched from its first moment: a worker that is still importing when its parent is killed would wait for minutes.
+    watched = {"initializer": _watch_parent, "initargs": (os.getpid(),)}
+    with _signals_blocked(), parallel_config(backend="loky", inner_max_num_threads=threads, **watched):
         pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch=2 * jobs, batch_size=1)
         results = pool(delayed(_worker)(name, sent, task, threads) for task in tasks)
     try:
@@ -102,9 +104,12 @@ def _worker(name: str, sent: bytes, task: Any, threads: int) -> tuple[Any, Any]:
     if name not in _WORK:
         _WORK.clear()
         torch.set_num_threads(threads)
-        threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
         _WORK[name] = pickle.loads(sent)
     return task, _WORK[name](task)
+
+
+def _watch_parent(parent: int) -> None:
+    threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
 
 
 def _leave_with_parent(parent: int) -> None:

@@ -110,6 +110,36 @@ def test_a_stopped_run_leaves_no_workers(tmp_path: Path, number: signal.Signals)
     assert not any(alive(worker) for worker in workers)
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")
+def test_a_run_killed_while_its_workers_start_leaves_none(tmp_path: Path) -> None:
+    script = tmp_path / "starting_run.py"
+    script.write_text(CODE.format(here=str(Path(pool.__file__).parents[1])))
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(workers := started_by(process.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60  # for importing torch, twice, before they look
+    while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(worker) for worker in workers)
+
+
+def started_by(parent: int) -> list[int]:
+    """The loky workers that a process has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            mother = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if mother == parent and b"popen_loky" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
 def alive(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
