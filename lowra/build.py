@@ -36,7 +36,9 @@ def build(cfg: DictConfig) -> None:
     if not isinstance(source, Recipe):
         raise LowraError(f"source={source.name} builds nothing; give source=mini or source=build.")
     built = source.build()
-    print(f"dataset: {built.dataset}\nbase model: {built.base}\nevaluation inputs: {built.evaluation}")
+    parts = {"dataset": built.dataset, "base model": built.base, "evaluation inputs": built.evaluation}
+    parts["merged checkpoints"] = built.report.get("merged")
+    print("\n".join(f"{name}: {place}" for name, place in parts.items() if place is not None))
 
 
 def help_text() -> str:

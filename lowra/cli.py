@@ -62,6 +62,8 @@ def _in_job(work: Callable[[], Any]) -> Any:
     try:
         result = tell_mistakes(work)
     except SystemExit as error:
+        if signals.came():
+            raise  # whoever stops a sweep means all of it
         raise RuntimeError(f"this job ended with exit status {error.code}") from None
     if getattr(result, "failures", ()):
         raise RuntimeError("this job ended with exit status 1")

@@ -52,7 +52,7 @@ from lowra.methods.subspace_intersection.screen import distinct_models
 from lowra.methods.subspace_intersection.solve import CLEAR_EDGE
 
 # `refine: auto` refines layers up to this size, which takes a fraction of a second, and all half-precision merges.
-REFINE_ENTRIES = 2**17
+REFINE_ENTRIES = 2**18
 
 
 @dataclass(frozen=True)
