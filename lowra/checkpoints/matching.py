@@ -81,7 +81,7 @@ def match(models: Sequence[Checkpoint]) -> Matching:
         maps = []
         for at, (other, partner) in enumerate(others, 1):
             theirs = other.components[partner] if partner is not None else None
-            names = _names(state, theirs, _family(first, other)) if theirs is not None else {}
+            names = same_tensors(state, theirs, _family(first, other)) if theirs is not None else {}
             maps.append((theirs, names))
             if theirs is not None:
                 taken = set(names.values())
@@ -134,8 +134,8 @@ def _plain(name: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:
     return name
 
 
-def _names(first: StoredState, other: StoredState, family: tuple[str, ...]) -> dict[str, str]:
-    """Names of the first state to names of the other, as far as they can be told."""
+def same_tensors(first: StoredState, other: StoredState, family: tuple[str, ...] = ()) -> dict[str, str]:
+    """Names of the first state to names of the other, as far as they can be told. family: types of model."""
     found = {name: name for name in first if name in other}
     taken = set(found.values())
     if len(found) == len(first):

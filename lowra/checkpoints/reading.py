@@ -16,7 +16,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,17 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor. offset: of its first byte in the file, -1 in a PyTorch file."""
+    """What a header says of a tensor. offset: of its first byte in the file, -1 in a PyTorch file.
+
+    stored: its name in the file, where `name` is another.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     path: Path
     offset: int
+    stored: str = ""
 
     @property
     def numel(self) -> int:
@@ -103,6 +107,15 @@ class StoredState(Mapping[str, Tensor]):
                 self.infos[info.name] = info
         _check_index(self.place, self.infos)
 
+    @classmethod
+    def of(cls, place: Path, infos: Iterable[TensorInfo]) -> StoredState:
+        """Tensors of opened files under other names (see `TensorInfo.stored`)."""
+        state = cls.__new__(cls)
+        state.place, state.metadata, state._pickled = place, {}, {}
+        state.infos = {info.name: info for info in infos}
+        state.files = sorted({info.path for info in state.infos.values()})
+        return state
+
     def _open(self, path: Path) -> Iterator[TensorInfo]:
         if path.suffix in _PICKLES:
             self._pickled[path] = tensors = unpickled(path)
@@ -135,7 +148,7 @@ class StoredState(Mapping[str, Tensor]):
         if info.offset < 0:
             if info.path not in self._pickled:
                 self._pickled[info.path] = unpickled(info.path)
-            return out.copy_(self._pickled[info.path][name].reshape(-1)[start:stop])
+            return out.copy_(self._pickled[info.path][info.stored or name].reshape(-1)[start:stop])
         if out.numel():
             view = memoryview(out.view(torch.uint8).numpy().data)
             with open(info.path, "rb", buffering=0) as file:

@@ -17,6 +17,7 @@ from lowra import __version__, pool
 from lowra.checkpoints.hub import cached, fetch, headers
 from lowra.checkpoints.matching import Match, Matching, match
 from lowra.checkpoints.reading import Checkpoint, open_checkpoint, other_files
+from lowra.checkpoints.single_file import aligned
 from lowra.checkpoints.writing import (
     Slot,
     Workshop,
@@ -148,7 +149,7 @@ class Plan:
 def make_plan(request: Request, say: Callable[[str], None] = lambda line: None) -> Plan:
     """Open, match and sort the models, reading headers and samples. Raises LowraError for what cannot be recovered."""
     request.check()
-    models = open_models(request.models, say)
+    models = aligned(open_models(request.models, say))
     matching = match(models)
     parts = differing(matching.tensors, models, range(len(models)))
     _refuse_twins(models, matching, parts)
@@ -178,7 +179,7 @@ def open_models(names: Sequence[str], say: Callable[[str], None]) -> list[Checkp
     remote = [name for name in names if name not in local]
     if remote:
         known = {**local, **{name: headers(name) for name in remote}}
-        match([known[name] for name in names])
+        match(aligned([known[name] for name in names]))
         for name in remote:
             say(f"Fetching {name}: {sum(i.nbytes for i in known[name].components[''].infos.values()) / 2**30:.2f} GiB.")
             local[name] = open_checkpoint(fetch(name), label=name)

@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 from lowra import recover_checkpoints
+from lowra.checkpoints.reading import StoredState
 
 VOCABULARY = 64
 
@@ -132,7 +134,8 @@ def test_heads_of_their_own_come_with_the_adapter(tmp_path: Path) -> None:
     assert torch.allclose(logits(again), outputs[1], atol=2e-6)
 
 
-def test_stable_diffusion_pipelines(tmp_path: Path) -> None:
+def pipelines(folder: Path) -> None:
+    """A little Stable Diffusion, base/, and three LoRA fine-tunes of its U-Net and text encoder, m0/ to m2/."""
     import diffusers
 
     torch.manual_seed(0)
@@ -150,30 +153,109 @@ def test_stable_diffusion_pipelines(tmp_path: Path) -> None:
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
     )
     text = transformers.CLIPTextModel(config)
-    unet.save_pretrained(tmp_path / "base" / "unet")
-    text.save_pretrained(tmp_path / "base" / "text_encoder")
+    unet.save_pretrained(folder / "base" / "unet")
+    text.save_pretrained(folder / "base" / "text_encoder")
     for i in range(3):
         torch.manual_seed(i + 1)
         for part, model, targets in (
             ("unet", diffusers.UNet2DConditionModel, ["to_q", "to_v", "proj_in"]),
             ("text_encoder", transformers.CLIPTextModel, ["q_proj"]),
         ):
-            own = get_peft_model(
-                model.from_pretrained(tmp_path / "base" / part), LoraConfig(r=2, target_modules=targets)
-            )
+            own = get_peft_model(model.from_pretrained(folder / "base" / part), LoraConfig(r=2, target_modules=targets))
             for name, parameter in own.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.02)
-            own.merge_and_unload().save_pretrained(tmp_path / f"m{i}" / part)
+            own.merge_and_unload().save_pretrained(folder / f"m{i}" / part)
         index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", ""], "text_encoder": ["", ""]}
-        (tmp_path / f"m{i}" / "model_index.json").write_text(json.dumps(index))
+        (folder / f"m{i}" / "model_index.json").write_text(json.dumps(index))
+
+
+def test_stable_diffusion_pipelines(tmp_path: Path) -> None:
+    import diffusers
+
+    pipelines(tmp_path)
     report = recover_checkpoints([tmp_path / f"m{i}" for i in range(3)], tmp_path / "out")
     asked = [record for record in report.records if record["decision"] == "recovered"]
     assert {record["component"] for record in asked} == {"unet", "text_encoder"}
     assert {record["certainty"] for record in asked} == {"certified"}
-    found = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
+    unet, found = (diffusers.UNet2DConditionModel.from_pretrained(tmp_path / p / "unet") for p in ("base", "out"))
     sample, state = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 32)
     with torch.no_grad():
         expected, got = (m(sample, 10, encoder_hidden_states=state).sample for m in (unet, found))
     assert torch.allclose(got, expected, atol=1e-5)
     transformers.CLIPTextModel.from_pretrained(tmp_path / "out" / "text_encoder")
+
+
+def original_name(part: str, name: str) -> str:
+    """What the original repository calls a tensor of the little pipeline: its U-Net has one layer in two blocks."""
+    if part == "text_encoder":
+        return f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"
+    places = {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "down_blocks.0.resnets.0": "input_blocks.1.0",
+        "down_blocks.0.attentions.0": "input_blocks.1.1",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+        "down_blocks.1.resnets.0": "input_blocks.3.0",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "up_blocks.0.resnets.0": "output_blocks.0.0",
+        "up_blocks.0.resnets.1": "output_blocks.1.0",
+        "up_blocks.0.upsamplers.0": "output_blocks.1.1",
+        "up_blocks.1.resnets.0": "output_blocks.2.0",
+        "up_blocks.1.attentions.0": "output_blocks.2.1",
+        "up_blocks.1.resnets.1": "output_blocks.3.0",
+        "up_blocks.1.attentions.1": "output_blocks.3.1",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    place = max((known for known in places if name.startswith(f"{known}.")), key=len)
+    rest = name.removeprefix(place)
+    if ".resnets." in f".{place}":
+        for ours, theirs in (
+            ("norm1", "in_layers.0"),
+            ("conv1", "in_layers.2"),
+            ("time_emb_proj", "emb_layers.1"),
+            ("norm2", "out_layers.0"),
+            ("conv2", "out_layers.3"),
+            ("conv_shortcut", "skip_connection"),
+        ):
+            rest = rest.replace(f".{ours}.", f".{theirs}.")
+    return f"model.diffusion_model.{places[place]}{rest}"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_single_file_beside_pipelines(tmp_path: Path, first: int, suffix: str) -> None:
+    pipelines(tmp_path)
+
+    def original(model: str) -> dict[str, torch.Tensor]:
+        states = {part: dict(StoredState(tmp_path / model / part)) for part in ("unet", "text_encoder")}
+        return {original_name(part, name): t for part, state in states.items() for name, t in state.items()}
+
+    single = tmp_path / f"style{suffix}"
+    unused = {"model_ema.decay": torch.ones(())}
+    if suffix == ".ckpt":
+        torch.save({"state_dict": original("m1") | unused}, single)
+    else:
+        save_file(original("m1") | unused, single)
+    models = [tmp_path / "m0", tmp_path / "m2"]
+    models.insert(1 - first, single)
+    report = recover_checkpoints(models, tmp_path / "out")
+    asked = [record for record in report.records if record["decision"] == "recovered"]
+    # to_q and to_v twice, and proj_in, of four attentions; q_proj of one layer of text
+    assert len(asked) == 21
+    assert {record["certainty"] for record in asked} == {"certified"}
+    if first == 1:
+        written = next((tmp_path / "out").glob("style*"))
+        found, base = dict(StoredState(written)), original("base")
+        assert set(found) == set(base) | set(unused)
+    else:
+        found, base = {}, {}
+        for part in ("unet", "text_encoder"):
+            found |= dict(StoredState(tmp_path / "out" / part))
+            base |= dict(StoredState(tmp_path / "base" / part))
+    for name, weight in base.items():
+        assert torch.allclose(found[name], weight, atol=1e-6), name
