@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -77,3 +78,45 @@ def three(folder: Path, dtype: torch.dtype = torch.float32, **settings: object) 
     """Three fine-tunes of one base, saved."""
     base = base_state(dtype=dtype)
     return [save(folder / f"m{i}", tuned(base, i, **settings)) for i in range(3)]  # type: ignore[arg-type]
+
+
+def pipelines(folder: Path, seen: Callable[[int, str, Any], object] = lambda i, part, model: None) -> None:
+    """A little Stable Diffusion, base/, and three LoRA fine-tunes of its U-Net and text encoder, m0/ to m2/.
+
+    seen: is shown each PEFT model before it is merged.
+    """
+    import diffusers
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    config = transformers.CLIPTextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    text = transformers.CLIPTextModel(config)
+    unet.save_pretrained(folder / "base" / "unet")
+    text.save_pretrained(folder / "base" / "text_encoder")
+    for i in range(3):
+        torch.manual_seed(i + 1)
+        for part, model, targets in (
+            ("unet", diffusers.UNet2DConditionModel, ["to_q", "to_v", "proj_in"]),
+            ("text_encoder", transformers.CLIPTextModel, ["q_proj"]),
+        ):
+            own = get_peft_model(model.from_pretrained(folder / "base" / part), LoraConfig(r=2, target_modules=targets))
+            for name, parameter in own.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.02)
+            seen(i, part, own)
+            own.merge_and_unload().save_pretrained(folder / f"m{i}" / part)
+        index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", ""], "text_encoder": ["", ""]}
+        (folder / f"m{i}" / "model_index.json").write_text(json.dumps(index))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from planted_checkpoints import pipelines
+from safetensors.torch import load_file, save_file
 
 from lowra.bench.merging import merge
 from lowra.bench.schema import open_dataset
@@ -154,3 +156,49 @@ def test_the_benchmark_runs_on_it(tmp_path: Path, configure: Any) -> None:
     assert data.base == str(base)
     assert len(data.table) == 2
     assert not source.miniature
+
+
+def test_lora_files_of_a_pipeline_in_both_spellings(tmp_path: Path) -> None:
+    import diffusers
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+    from diffusers.utils import convert_state_dict_to_kohya
+    from peft import get_peft_model_state_dict
+
+    factors: dict[int, dict[str, dict[str, torch.Tensor]]] = {0: {}, 1: {}, 2: {}}
+    pipelines(tmp_path, lambda i, part, model: factors[i].update({part: get_peft_model_state_dict(model)}))
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", ""], "text_encoder": ["", ""]}
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    plain = {
+        part: {key.removeprefix("base_model.model."): tensor for key, tensor in found.items()}
+        for part, found in factors[0].items()
+    }
+    told = {"r": 2, "lora_alpha": 8}  # without it diffusers takes the rank for alpha
+    StableDiffusionLoraLoaderMixin.save_lora_weights(
+        tmp_path / "a",
+        unet_lora_layers=plain["unet"],
+        text_encoder_lora_layers=plain["text_encoder"],
+        unet_lora_adapter_metadata=told,
+        text_encoder_lora_adapter_metadata=told,
+    )
+    files = [tmp_path / "a"]
+    for i in (1, 2):
+        both = {k.replace("base_model.model", part): t for part, found in factors[i].items() for k, t in found.items()}
+        files.append(tmp_path / f"kohya{i}.safetensors")
+        # kohya's trainer knows the text encoder with the level that transformers 5 took out.
+        spelt = {k.replace("lora_te1_", "lora_te_text_model_"): t for k, t in convert_state_dict_to_kohya(both).items()}
+        assert any(name.endswith(".alpha") for name in spelt)  # the rank, for want of a configuration
+        save_file({k: torch.tensor(8.0) if k.endswith(".alpha") else t for k, t in spelt.items()}, files[-1])
+    builder = CustomBuilder(str(tmp_path / "base"), tuple(map(str, files)), merged=True)
+    builder.check()
+    built = builder.build(tmp_path / "out")
+    table = open_dataset(built.dataset)
+    assert len(table) == 21
+    assert {info.model for info in table.infos} == {"unet", "text_encoder"}
+    merged = sorted(Path(built.report["merged"]).iterdir())
+    assert len(merged) == 3
+    for i, place in enumerate(merged):  # as PEFT merges them
+        for part in ("unet", "text_encoder"):
+            ours, theirs = StoredState(place / part), StoredState(tmp_path / f"m{i}" / part)
+            assert set(ours) == set(theirs)
+            assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-6) for name in theirs), place
+    diffusers.UNet2DConditionModel.from_pretrained(merged[1] / "unet")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from planted_checkpoints import pipelines
 from safetensors.torch import save_file
 
 from lowra import recover_checkpoints
@@ -134,45 +135,7 @@ def test_heads_of_their_own_come_with_the_adapter(tmp_path: Path) -> None:
     assert torch.allclose(logits(again), outputs[1], atol=2e-6)
 
 
-def pipelines(folder: Path) -> None:
-    """A little Stable Diffusion, base/, and three LoRA fine-tunes of its U-Net and text encoder, m0/ to m2/."""
-    import diffusers
-
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
-    config = transformers.CLIPTextConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
-    )
-    text = transformers.CLIPTextModel(config)
-    unet.save_pretrained(folder / "base" / "unet")
-    text.save_pretrained(folder / "base" / "text_encoder")
-    for i in range(3):
-        torch.manual_seed(i + 1)
-        for part, model, targets in (
-            ("unet", diffusers.UNet2DConditionModel, ["to_q", "to_v", "proj_in"]),
-            ("text_encoder", transformers.CLIPTextModel, ["q_proj"]),
-        ):
-            own = get_peft_model(model.from_pretrained(folder / "base" / part), LoraConfig(r=2, target_modules=targets))
-            for name, parameter in own.named_parameters():
-                if "lora_B" in name:
-                    torch.nn.init.normal_(parameter, std=0.02)
-            own.merge_and_unload().save_pretrained(folder / f"m{i}" / part)
-        index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", ""], "text_encoder": ["", ""]}
-        (folder / f"m{i}" / "model_index.json").write_text(json.dumps(index))
-
-
 def test_stable_diffusion_pipelines(tmp_path: Path) -> None:
-    import diffusers
-
     pipelines(tmp_path)
     report = recover_checkpoints([tmp_path / f"m{i}" for i in range(3)], tmp_path / "out")
     asked = [record for record in report.records if record["decision"] == "recovered"]
