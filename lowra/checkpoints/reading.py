@@ -133,6 +133,9 @@ class StoredState(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.infos)
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.infos
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pickled": {}}
 

@@ -5,9 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from planted_checkpoints import three
 from safetensors.torch import save_file
 
-from lowra.checkpoints.reading import component_folder, load_state_dict, resolve, with_weights
+from lowra.checkpoints.matching import match
+from lowra.checkpoints.reading import (
+    StoredState,
+    component_folder,
+    load_state_dict,
+    open_checkpoint,
+    resolve,
+    with_weights,
+)
 from lowra.errors import LowraError
 
 
@@ -70,3 +79,11 @@ def test_missing_component_and_weights(tmp_path: Path) -> None:
         component_folder(tmp_path, "unet")
     with pytest.raises(LowraError, match="holds no safetensors weights; expected model"):
         load_state_dict(tmp_path)
+
+
+def test_models_are_matched_without_reading_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [open_checkpoint(folder) for folder in three(tmp_path)]
+    monkeypatch.setattr(StoredState, "read", lambda *arguments: pytest.fail("a tensor was read"))
+    assert "lm_head.weight" in models[0].components[""]
+    assert "head.weight" not in models[0].components[""]
+    assert all(None not in tensor.names for tensor in match(models).tensors)
