@@ -55,6 +55,7 @@ def recover_checkpoints(
     rank: int | None = None,
     keep: str = "mean",
     adapters: bool = False,
+    sure: bool = False,
     jobs: int = 1,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
@@ -63,7 +64,9 @@ def recover_checkpoints(
 
     models: folders, single files or Hub ids. output: the folder to be made; None is an audit, which writes no weights.
     report: where an audit's card, records and picture go. keep: what stands for tensors changed in full, "mean" or
-    "first". adapters: also write each model's own update as a PEFT adapter. jobs: processes. say: gets progress lines.
+    "first". adapters: also write each model's own update as a PEFT adapter. sure: also write `sure.safetensors`, a mask
+    per recovered tensor of the weights that are exact beyond reasonable doubt. jobs: processes. say: gets progress
+    lines.
     Returns a `Report`: `records` (a dict per tensor), `counts` per certainty, `card` (Markdown), `folder`.
     Raises LowraError for models that do not fit together, a folder that is not empty, or a full disk. The same call
     continues what an interrupted one left.
@@ -80,6 +83,7 @@ def recover_checkpoints(
         seed=seed,
         jobs=jobs,
         adapters=adapters,
+        sure=sure,
         command="lowra.recover_checkpoints(...)",
     )
     return carry_out(make_plan(request, say), say)

@@ -46,6 +46,7 @@ def recover(cfg: DictConfig) -> None:
         seed=_integer(cfg.seed, "seed") or 0,
         jobs=_integer(cfg.jobs, "jobs") or 0,
         adapters=_truth(cfg.adapters, "adapters"),
+        sure=_truth(cfg.sure, "sure"),
         command=shlex.join(["python", "-m", "lowra.recover", *sys.argv[1:]]),
     )
     plan = make_plan(request, say=_say)

@@ -14,7 +14,7 @@ from lowra.bench.names import depths, layer_type
 if TYPE_CHECKING:
     from lowra.recovery.session import Plan
 
-CARD, RECORDS, PICTURE = "README.md", "recovery.json", "recovery.png"
+CARD, RECORDS, PICTURE, MASKS = "README.md", "recovery.json", "recovery.png", "sure.safetensors"
 
 # What each certainty means, in a reader's words, and its colour; best first.
 MEANING = {
@@ -107,6 +107,15 @@ def text(plan: Plan, records: Sequence[Mapping[str, Any]], lacking: Mapping[str,
             lines += [
                 f"- The adapter of {code(label)} lacks {len(lacks)} tensors in which it differs: {first_few(lacks)}"
             ]
+    if plan.request.sure:
+        shares = [record["sure"] for record in records if record.get("sure") is not None]
+        lines += ["", "## Which weights are sure", ""]
+        lines += [
+            f"`{MASKS}` has a mask for each of {len(shares)} tensors: true where a weight is exact beyond reasonable "
+            f"doubt ({percent(sum(shares) / len(shares))} of them on average)."
+            if shares
+            else f"The masks of `{MASKS}` are empty: they are known for half-precision merges of a base that is, too."
+        ]
     lines += ["", "## Layer by layer", "", *listing(records)]
     lines += ["", *reading(audit)]
     return "\n".join(lines) + "\n"

@@ -19,6 +19,7 @@ from lowra.checkpoints.matching import Match, Matching, match
 from lowra.checkpoints.reading import Checkpoint, open_checkpoint, other_files
 from lowra.checkpoints.single_file import aligned
 from lowra.checkpoints.writing import (
+    Entry,
     Slot,
     Workshop,
     check_space,
@@ -41,7 +42,7 @@ from lowra.recovery.work import Task, settle, solve_one
 TRIED = 3
 
 # What the process needs beside the tensors, bytes: PyTorch itself and the names.
-CONSTANT = 500 * 2**20
+CONSTANT = 600 * 2**20
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Request:
     models: folders, files or Hub ids. output: the folder to be made, None for an audit. report: where an audit's card
     goes, None for none. method: with its settings. rank: granted to the method, or None. keep: what stands for tensors
     that are no low-rank change, "mean" or "first". jobs: processes. adapters: write each model's update as well.
-    command: as it stands in the card.
+    sure: write which weights are sure. command: as it stands in the card.
     """
 
     models: tuple[str, ...]
@@ -63,6 +64,7 @@ class Request:
     seed: int = 0
     jobs: int = 1
     adapters: bool = False
+    sure: bool = False
     command: str = ""
 
     def check(self) -> None:
@@ -83,6 +85,8 @@ class Request:
             raise LowraError(f"{self.method.pretty} needs the rank of the updates; give rank=16, say.")
         if self.adapters and self.output is None:
             raise LowraError("adapters=true writes files; name an output folder (output=null is the audit).")
+        if self.sure and self.output is None:
+            raise LowraError("sure=true writes a file; name an output folder (output=null is the audit).")
         places: dict[Path | str, str] = {}
         for name in self.models:
             place = Path(name).resolve() if Path(name).exists() else name
@@ -247,7 +251,8 @@ def carry_out(plan: Plan, say: Callable[[str], None] = lambda line: None, progre
         slots = _slots(plan, workshop.partial)
         _verify(workshop, slots)
     factors = str(workshop.partial / SCRATCH) if workshop is not None and request.adapters else None
-    task = plan.task(slots=slots, fewer=request.output is None, factors=factors)
+    sure = _masks(plan, workshop.partial) if workshop is not None and request.sure else {}
+    task = plan.task(slots=slots, fewer=request.output is None, factors=factors, sure=sure)
     done = dict(workshop.records) if workshop is not None else {}
     pending = [at for at, tensor in enumerate(plan.matching.tensors) if tensor.label not in done]
     if pending and len(pending) < len(plan.matching.tensors):
@@ -279,6 +284,12 @@ def _slots(plan: Plan, folder: Path) -> dict[str, Slot]:
             made = create_shard(folder / component / name, entries, state.metadata[source])
             slots.update({f"{component}/{n}" if component else n: slot for n, slot in made.items()})
     return slots
+
+
+def _masks(plan: Plan, folder: Path) -> dict[str, Slot]:
+    """A mask for every tensor that is to be recovered: all zeros (nothing is sure) until a method says otherwise."""
+    entries = [Entry(tensor.label, torch.bool, tensor.info.shape) for tensor in plan.to_solve()]
+    return create_shard(folder / card.MASKS, entries, {}) if entries else {}
 
 
 def _verify(workshop: Workshop, slots: dict[str, Slot]) -> None:
@@ -362,6 +373,7 @@ def identity(plan: Plan) -> str:
         request.keep,
         request.seed,
         request.adapters,
+        request.sure,
         request.output is None,
     ]
     code = [code_digest(__name__), code_digest(module_of(request.method))]
@@ -391,7 +403,7 @@ def foresee(plan: Plan) -> str:
         if len(distinct.models) < task.needed:
             continue
         begin = time.perf_counter()
-        found, _ = solve_one(task, distinct.stack(view), distinct)
+        found, _, _ = solve_one(task, distinct.stack(view), distinct)
         seconds += time.perf_counter() - begin
         entries += view.d * view.k
         ranks = ", ".join(map(str, found.get("ranks", {}).values())) or "not found"

@@ -48,7 +48,8 @@ _PROBE = 2**18
 class Task:
     """What is asked of every tensor. used: positions of the models that share the base, the first one first.
 
-    slots: where results go, by the tensor's label; {} in an audit. keep: what stands for a tensor that is no low-rank
+    slots: where results go, by the tensor's label; {} in an audit. sure: where the masks of sure weights go, {} where
+    none are asked for. keep: what stands for a tensor that is no low-rank
     change, "mean" or "first". fewer: solve without the last model as well (audit). factors: folder for the adapters'
     factors, None where no adapters are asked for.
     """
@@ -62,6 +63,7 @@ class Task:
     slots: dict[str, Slot] = field(default_factory=dict)
     fewer: bool = False
     factors: str | None = None
+    sure: dict[str, Slot] = field(default_factory=dict)
 
     @property
     def labels(self) -> list[str]:
@@ -147,9 +149,11 @@ def recover(
     for index in range(view.count):
         stack = distinct.stack(view, index)
         check_finite(stack, distinct, task.labels)
-        found, answer = solve_one(task, stack, distinct)
+        found, answer, sure = solve_one(task, stack, distinct)
         if answer is not None:
             write_answer(task, match, answer, index * view.d * view.k)
+            if sure is not None and match.label in task.sure:
+                task.sure[match.label].write(sure, index * view.d * view.k)
             if task.factors is not None and view.count == 1:
                 found["adapters"] = save_factors(Path(task.factors), match, distinct, stack, answer, task.labels)
         elif view.count == 1:
@@ -162,8 +166,11 @@ def recover(
     record |= {"decision": RECOVERED} | (slices[0] if view.count == 1 else together(slices))
 
 
-def solve_one(task: Task, stack: Tensor, tensor: Sources) -> tuple[dict[str, Any], Tensor | None]:
-    """The answer for one stack (n, d, k), None where the models differ by a full rank, and what is known of it."""
+def solve_one(task: Task, stack: Tensor, tensor: Sources) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
+    """What is known of one stack (n, d, k), its answer, None where the models differ by a full rank, and what is sure.
+
+    The last is a mask (d, k), None where the method has none.
+    """
     labels = [task.labels[i] for i in tensor.models]
     storage = tensor.storage()
     recovery = task.method.recover(Observation(stack, task.rank, task.seed, storage))
@@ -172,13 +179,19 @@ def solve_one(task: Task, stack: Tensor, tensor: Sources) -> tuple[dict[str, Any
     if certificate in (None, "not_identifiable") and all_full(stack, storage):
         kind = looks_like(stack[0], stack[1])
         named = f"; it looks {kind}" if kind else ""
-        return {"certainty": "kept", "status": f"The models differ by a full rank{named}: no low-rank update."}, None
+        return (
+            {"certainty": "kept", "status": f"The models differ by a full rank{named}: no low-rank update."},
+            None,
+            None,
+        )
     answer = recovery.candidates[0]
     if found["certainty"] not in ("not_identifiable", "too_few_models"):
         found["predicted_exact"] = predicted_exact(recovery, answer, found, storage)
     if task.fewer and len(labels) > 1:
         found["with_one_fewer"] = with_one_fewer(task, stack[:-1], storage)
-    return found, answer
+    if recovery.sure is not None:
+        found["sure"] = float(recovery.sure.double().mean())
+    return found, answer, recovery.sure
 
 
 def read_stats(recovery: Recovery, labels: Sequence[str]) -> dict[str, Any]:
@@ -251,7 +264,7 @@ def together(slices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     sure = sum(found["certainty"] == "certified" for found in slices)
     merged = dict(worst)
     merged["status"] = f"{sure} of {len(slices)} matrices certified. The least certain: {worst['status']}"
-    for key, average in (("predicted_w_error", _log_mean), ("predicted_exact", _mean)):
+    for key, average in (("predicted_w_error", _log_mean), ("predicted_exact", _mean), ("sure", _mean)):
         values = [found[key] for found in slices if found.get(key) is not None]
         merged.pop(key, None)
         if len(values) == len(slices):

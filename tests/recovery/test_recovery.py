@@ -263,6 +263,25 @@ def test_other_methods_and_granted_ranks(tmp_path: Path) -> None:
     assert granted.counts == {"copied": 10, "certified": 4}
 
 
+def test_which_weights_are_sure(tmp_path: Path) -> None:
+    base = {name: weight for name, weight in base_state(dtype=torch.bfloat16).items() if "layers.1" not in name}
+    base[TUNED[0]] = (torch.randn(128, 128, generator=torch.Generator().manual_seed(5)) * 0.05).bfloat16()
+    models = [save(tmp_path / f"m{i}", tuned(base, i, rank=2, parts=(TUNED[0],), size=0.02)) for i in range(3)]
+    report = recover_checkpoints(models, tmp_path / "out", sure=True)
+    (record,) = (record for record in report.records if record["decision"] == "recovered")
+    mask = load_file(tmp_path / "out" / "sure.safetensors")
+    assert list(mask) == [TUNED[0]]
+    sure = mask[TUNED[0]]
+    right = StoredState(tmp_path / "out")[TUNED[0]] == base[TUNED[0]]
+    assert record["sure"] == pytest.approx(float(sure.double().mean()))
+    assert 0.5 < record["sure"] < 1
+    assert float(right[sure].double().mean()) > 0.995
+    assert float(right[sure].double().mean()) > float(right[~sure].double().mean())
+    assert "sure.safetensors" in report.card
+    with pytest.raises(LowraError, match="sure=true writes a file"):
+        recover_checkpoints(models, None, sure=True)
+
+
 def test_one_stack() -> None:
     base = base_state()[TUNED[0]].bfloat16().float()
     generator = torch.Generator().manual_seed(0)
