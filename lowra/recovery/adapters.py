@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lowra.checkpoints.reading import Checkpoint, StoredState, TensorInfo
 from lowra.checkpoints.writing import Entry, create_shard
 from lowra.methods.subspace_intersection.noise import joined, rounding_noise, stored_as
 from lowra.methods.subspace_intersection.ranges import OVERSAMPLING, Difference, row_space, triplets
-from lowra.recovery.tensors import Sources
+from lowra.recovery.tensors import Sources, view_of
 
 SCRATCH = ".factors"
 
@@ -33,10 +34,10 @@ def scratch_file(folder: Path, label: str) -> Path:
     return folder / f"{hashlib.sha256(label.encode()).hexdigest()[:24]}.safetensors"
 
 
-def save_factors(
-    folder: Path, match: Match, tensor: Sources, stack: Tensor, answer: Tensor, labels: Sequence[str]
-) -> dict[str, int]:
-    """Factor W'_i - W of every model and keep the factors; returns the rank found of each.
+def factored(
+    match: Match, tensor: Sources, stack: Tensor, answer: Tensor, labels: Sequence[str], index: int
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The factors of W'_i - W of every model, by "MODEL.A.INDEX", and the rank found of each.
 
     stack: (n, d, k). answer: (d, k), taken as it is written, in the checkpoint's own format. Factors are balanced, B =
     U sqrt(S) (d, r) and A = sqrt(S) V^T (r, k), float32, so that W + B A is the model's own weight.
@@ -54,12 +55,16 @@ def save_factors(
         if part.rank:
             left, values, right = triplets(difference, part.right)
             root = values.sqrt()
-            factors[f"{model}.A"] = (right * root).mT.float().contiguous()  # (r, k)
-            factors[f"{model}.B"] = (left * root).float().contiguous()  # (d, r)
+            factors[f"{model}.A.{index}"] = (right * root).mT.float().contiguous()  # (r, k)
+            factors[f"{model}.B.{index}"] = (left * root).float().contiguous()  # (d, r)
+    return factors, ranks
+
+
+def keep_factors(folder: Path, match: Match, factors: Mapping[str, Tensor]) -> None:
+    """Keep a tensor's factors until the adapters are put together."""
     if factors:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(factors, scratch_file(folder, match.label))
-    return ranks
+        save_file(dict(factors), scratch_file(folder, match.label))
 
 
 def write_adapters(
@@ -108,6 +113,7 @@ def write_adapter(
     entries: list[Entry] = []
     origin: dict[str, tuple[str, str, bool]] = {}  # adapter's name to the tensor, the factor, and whether transposed
     whole: list[dict[str, Any]] = []
+    batches: dict[str, dict[str, Any]] = {}  # of experts
     for key, record in records.items():
         if label not in record["models"] or record["certainty"] in ("copied", "agreed"):
             continue
@@ -116,6 +122,9 @@ def write_adapter(
             continue
         rank = record["adapters"].get(label, 0)
         if not rank:
+            continue
+        if view_of(record["shape"]).count > 1:
+            batches[key] = record
             continue
         path, kind = modules.get(record["name"], (record["name"].removesuffix(".weight"), ""))
         d, k, *kernel = record["shape"]
@@ -127,8 +136,24 @@ def write_adapter(
             name = f"base_model.model.{path}.lora_{part}.weight"
             entries.append(Entry(name, torch.float32, shape))
             origin[name] = (key, part, transposed)
-    if not ranks:
+    folder = models[first].place / component if component else models[first].place
+    experts = expert_parameters(folder, [record["name"] for record in batches.values()])
+    whole += [record for record in batches.values() if record["name"] not in experts]
+    batches = {key: record for key, record in batches.items() if record["name"] in experts}
+    # One rank for all matrices of a batch; PEFT has no other for a parameter than the adapter's own.
+    shared = max((record["adapters"][label] for record in batches.values()), default=0)
+    if not ranks and not batches:
         return [record["name"] for record in whole]
+    common = shared or max(set(ranks.values()), key=lambda r: (list(ranks.values()).count(r), r))
+    blocks: dict[str, tuple[str, str, ExpertParameter]] = {}
+    for key, record in batches.items():
+        parameter = experts[record["name"]]
+        count, d, k = record["shape"]
+        wide, narrow = (d, k) if parameter.transposed else (k, d)  # A's side, B's side
+        for part, shape in (("A", (common * count, wide)), ("B", (narrow, common * count))):
+            name = f"{parameter.key}.lora_{part}.weight"
+            entries.append(Entry(name, torch.float32, shape))
+            blocks[name] = (key, part, parameter)
     saved, missing = whole_modules(models[model].components.get(component), whole, modules, ranks)
     entries += [Entry(name, info.dtype, info.shape) for name, info in saved.items()]
     place.mkdir(parents=True, exist_ok=True)
@@ -137,14 +162,19 @@ def write_adapter(
         if name in saved:
             slot.write(models[model].components[component].read(saved[name].name))
             continue
+        if name in blocks:
+            key, part, parameter = blocks[name]
+            count, d, k = records[key]["shape"]
+            with safe_open(scratch_file(scratch, key), framework="pt") as file:
+                slot.write(stacked(file, model, part, (count, d, k), common, transposed=parameter.transposed))
+            continue
         key, part, transposed = origin[name]
         with safe_open(scratch_file(scratch, key), framework="pt") as file:
             if transposed:  # M^T = A^T B^T: the factors change places
-                values = file.get_tensor(f"{model}.{'B' if part == 'A' else 'A'}").mT
+                values = file.get_tensor(f"{model}.{'B' if part == 'A' else 'A'}.0").mT
             else:
-                values = file.get_tensor(f"{model}.{part}")
+                values = file.get_tensor(f"{model}.{part}.0")
         slot.write(values.contiguous())
-    common = max(set(ranks.values()), key=lambda r: (list(ranks.values()).count(r), r))
     pattern = {f"^{re.escape(path)}": rank for path, rank in sorted(ranks.items()) if rank != common}
     config = {
         "peft_type": "LORA",
@@ -157,12 +187,73 @@ def write_adapter(
         "bias": "none",
         "fan_in_fan_out": any(kind == "Conv1D" for path, kind in modules.values() if path in ranks),
         "target_modules": sorted(ranks),
+        "target_parameters": [experts[record["name"]].name for record in batches.values()] or None,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "modules_to_save": sorted({_owner(name) for name in saved}) or None,
     }
     (place / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return missing
+
+
+@dataclass(frozen=True)
+class ExpertParameter:
+    """How PEFT adapts a batch of experts: by the parameter's name. key: what its factors' names begin with.
+
+    transposed: its matrices are (in, out) rather than (out, in).
+    """
+
+    name: str
+    key: str
+    transposed: bool
+
+
+def expert_parameters(folder: Path, names: Sequence[str]) -> dict[str, ExpertParameter]:
+    """The stored tensors among `names` that PEFT can adapt as parameters (`target_parameters`).
+
+    PEFT wraps a module once for each of its parameters; what the factors are called is asked of PEFT itself.
+    """
+    if not names:
+        return {}
+    try:
+        from peft import LoraConfig, get_peft_model
+
+        from lowra.builders.peft_adapters import checkpoint_names, skeleton
+
+        loaded = skeleton(folder)
+        memory = {stored: name for name, stored in checkpoint_names(loaded).items()}
+        wanted = [memory[name] for name in names if name in memory]
+        config = LoraConfig(r=1, target_modules=[], target_parameters=wanted)
+        wrapped = get_peft_model(loaded, config, low_cpu_mem_usage=True)
+    except Exception:
+        return {}  # a model of remote code, or of another library
+    found = {}
+    for key, module in wrapped.named_modules():
+        if not hasattr(module, "parameter_name") or not hasattr(module, "lora_A"):
+            continue
+        owner = key.replace(".base_layer", "").removeprefix("base_model.model.")
+        name = f"{owner}.{module.parameter_name}"
+        transposed = bool(getattr(module.get_base_layer(), "is_transposed", False))  # type: ignore[operator]
+        stored = next((s for s, m in memory.items() if m == name), None)
+        if stored is not None:
+            found[stored] = ExpertParameter(name, key, transposed)
+    return found
+
+
+def stacked(file: Any, model: int, part: str, shape: tuple[int, int, int], rank: int, *, transposed: bool) -> Tensor:
+    """The factors of all experts as PEFT keeps them: A (experts r, in), B (out, r experts); short ranks filled up."""
+    count, d, k = shape
+    # M = B A, and M^T = A^T B^T: for (in, out) matrices the factors change places.
+    stored = {"A": "B", "B": "A"}[part] if transposed else part
+    width = d if stored == "B" else k
+    whole = torch.zeros(count, rank, width)
+    there = set(file.keys())
+    for index in range(count):
+        if (name := f"{model}.{stored}.{index}") in there:
+            values = file.get_tensor(name)
+            values = values.mT if stored == "B" else values  # (r, width)
+            whole[index, : len(values)] = values
+    return whole.flatten(0, 1) if part == "A" else whole.permute(2, 1, 0).reshape(width, rank * count).contiguous()
 
 
 def _owner(name: str) -> str:

@@ -17,7 +17,7 @@ from lowra.checkpoints.writing import Slot, pieces
 from lowra.errors import LowraError
 from lowra.methods.base import Method, Observation, Recovery
 from lowra.methods.subspace_intersection.noise import ulp
-from lowra.recovery.adapters import save_factors
+from lowra.recovery.adapters import factored, keep_factors
 from lowra.recovery.looks import looks_like
 from lowra.recovery.sorting import full_rank
 from lowra.recovery.tensors import Sources, View, agreeing, check_finite, sources, view_of
@@ -146,6 +146,7 @@ def recover(
         keep(task, match, tensor, record, say, "too_few_models")
         return
     slices = []
+    factors: dict[str, Tensor] = {}
     for index in range(view.count):
         stack = distinct.stack(view, index)
         check_finite(stack, distinct, task.labels)
@@ -154,8 +155,9 @@ def recover(
             write_answer(task, match, answer, index * view.d * view.k)
             if sure is not None and match.label in task.sure:
                 task.sure[match.label].write(sure, index * view.d * view.k)
-            if task.factors is not None and view.count == 1:
-                found["adapters"] = save_factors(Path(task.factors), match, distinct, stack, answer, task.labels)
+            if task.factors is not None:
+                parts, found["adapters"] = factored(match, distinct, stack, answer, task.labels, index)
+                factors |= parts
         elif view.count == 1:
             keep(task, match, distinct, record, found["status"])
             return
@@ -163,6 +165,8 @@ def recover(
             keep_entries(task, match, distinct, index * view.d * view.k, (index + 1) * view.d * view.k)
         del stack, answer
         slices.append(found)
+    if task.factors is not None:
+        keep_factors(Path(task.factors), match, factors)
     record |= {"decision": RECOVERED} | (slices[0] if view.count == 1 else together(slices))
 
 
@@ -269,12 +273,16 @@ def together(slices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         merged.pop(key, None)
         if len(values) == len(slices):
             merged[key] = average(values)
-    ranks: dict[str, int] = {}
-    for found in slices:
-        for label, rank in found.get("ranks", {}).items():
-            ranks[label] = max(rank, ranks.get(label, 0))
-    if ranks:
-        merged["ranks"] = ranks
+    for key in ("ranks", "adapters"):
+        if key == "adapters" and not all("adapters" in found for found in slices):
+            merged.pop(key, None)  # not every matrix was recovered: nothing carries the whole
+            continue
+        ranks: dict[str, int] = {}
+        for found in slices:
+            for label, rank in found.get(key, {}).items():
+                ranks[label] = max(rank, ranks.get(label, 0))
+        if ranks:
+            merged[key] = ranks
     merged["matrices"] = [found["certainty"] for found in slices]
     return merged
 

@@ -222,3 +222,51 @@ def test_a_single_file_beside_pipelines(tmp_path: Path, first: int, suffix: str)
             base |= dict(StoredState(tmp_path / "base" / part))
     for name, weight in base.items():
         assert torch.allclose(found[name], weight, atol=1e-6), name
+
+
+def gpt_oss() -> Any:
+    config = transformers.GptOssConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
+@pytest.mark.parametrize("order", ["in, out", "out, in"])
+def test_adapters_of_experts_give_the_models_back(tmp_path: Path, order: str) -> None:
+    make, parameters = {
+        "in, out": (gpt_oss, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        "out, in": (mixtral, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    }[order]
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path / "base")
+    kind = type(make())
+    outputs = []
+    for i in range(3):
+        torch.manual_seed(i + 1)
+        config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
+        own = get_peft_model(kind.from_pretrained(tmp_path / "base"), config)
+        with torch.no_grad():
+            for name, parameter in own.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.02)
+        merged = own.merge_and_unload()
+        merged.save_pretrained(tmp_path / f"m{i}")
+        outputs.append(logits(merged))
+    report = recover_checkpoints([tmp_path / f"m{i}" for i in range(3)], tmp_path / "out", adapters=True)
+    batches = [record for record in report.records if record["name"].endswith(("gate_up_proj", "down_proj"))]
+    assert batches
+    assert {record["certainty"] for record in batches} == {"certified"}
+    assert "lacks" not in report.card
+    for i in range(3):
+        base = kind.from_pretrained(tmp_path / "out")
+        again = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapters" / f"m{i}"))
+        assert torch.allclose(logits(again), outputs[i], atol=1e-5)
+        assert not torch.allclose(logits(again), outputs[i - 1], atol=1e-3)
