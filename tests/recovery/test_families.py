@@ -239,12 +239,10 @@ def gpt_oss() -> Any:
     return transformers.GptOssForCausalLM(config)
 
 
-@pytest.mark.parametrize("order", ["in, out", "out, in"])
-def test_adapters_of_experts_give_the_models_back(tmp_path: Path, order: str) -> None:
-    make, parameters = {
-        "in, out": (gpt_oss, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
-        "out, in": (mixtral, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
-    }[order]
+# gpt-oss stores a layer's experts as one tensor (experts, in, out), Mixtral a matrix for each.
+@pytest.mark.parametrize("make", [gpt_oss, mixtral])
+def test_adapters_of_experts_give_the_models_back(tmp_path: Path, make: Callable[[], Any]) -> None:
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     torch.manual_seed(0)
     make().save_pretrained(tmp_path / "base")
     kind = type(make())
@@ -261,7 +259,7 @@ def test_adapters_of_experts_give_the_models_back(tmp_path: Path, order: str) ->
         merged.save_pretrained(tmp_path / f"m{i}")
         outputs.append(logits(merged))
     report = recover_checkpoints([tmp_path / f"m{i}" for i in range(3)], tmp_path / "out", adapters=True)
-    batches = [record for record in report.records if record["name"].endswith(("gate_up_proj", "down_proj"))]
+    batches = [r for r in report.records if "experts" in r["name"] and not r["name"].endswith("bias")]
     assert batches
     assert {record["certainty"] for record in batches} == {"certified"}
     assert "lacks" not in report.card
