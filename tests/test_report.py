@@ -85,7 +85,10 @@ def test_an_export_is_one_small_file_that_reads_as_the_same(mine: Path, baseline
     assert len(again.layers) == 8
     assert set(again.contexts) == {"m", "c0"}
     first = (to / "table.md").read_text()
+    assert not (to / "texts.md").exists()
+    (baselines / "texts.md").write_text("side by side")
     assert call(monkeypatch, mine, baselines, "--to", to) == 0  # an earlier export is replaced
+    assert (to / "texts.md").read_text() == "side by side"
     assert (to / "table.md").read_text() == first
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lowra.errors import LowraError
+from lowra.files import replacing
 from lowra.records import LAYER, SCORE, Records, Store, write_records
 
 EXPORTED = "records.parquet"
+
+# Outputs side by side, as metrics write them into a run's folder.
+GALLERIES = ("images.png", "texts.html", "texts.md")
 
 
 def export(records: Records, folders: Sequence[Path], to: Path) -> Path:
     """Write the records that a report shows, and the scores of its models, to `to/records/records.parquet`.
 
-    records: of `read(folders)`. An earlier export is replaced. Raises LowraError for a folder that a run wrote, whose
-    own records would be mixed with these.
+    Texts and images side by side come along, of the first folder that has them. records: of `read(folders)`. An earlier
+    export is replaced. Raises LowraError for a folder that a run wrote, whose own records would be mixed with these.
     """
     place = to / "records"
     others = [path.name for path in place.iterdir() if not path.name.startswith(".")] if place.is_dir() else []
@@ -38,6 +43,11 @@ def export(records: Records, folders: Sequence[Path], to: Path) -> Path:
     ordered = sorted(rows.values(), key=lambda r: (r["kind"], str(r.get("variant")), r.get("trial") or 0, r["key"]))
     try:
         write_records(ordered, contexts, place / EXPORTED)
+        for name in GALLERIES:
+            source = next((Path(f) / name for f in folders if (Path(f) / name).is_file()), None)
+            if source is not None and source.parent.resolve() != to.resolve():
+                with replacing(to / name) as temporary:
+                    shutil.copyfile(source, temporary)
     except OSError as error:
         raise LowraError(f"Cannot write {place / EXPORTED} ({error.strerror}); choose another folder.") from None
     return place / EXPORTED
