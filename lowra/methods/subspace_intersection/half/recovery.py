@@ -42,7 +42,7 @@ OFF_GRID = 0.02
 # Share of the sure weights that lie on bfloat16's grid, in float16 merges, from which W is taken to be bfloat16.
 COARSER = 0.6
 
-# Predicted share above which an answer that is certified is not compared with the vote.
+# Predicted share above which an answer that is certified is compared neither with the vote nor with a base on no grid.
 EASY = 0.97
 
 # Rounds of a start that is a last resort.
@@ -57,12 +57,11 @@ class HalfAnswer:
     """What the cells say of W.
 
     weight: (d, k) float32, the likeliest numbers. chance: (d, k) float16, their probabilities. predicted: expected
-    share of them that is right on the bit. sure: share with a chance of at least `SURE`. w_error: log10
-    of the expected mean square error. misfit: the largest chi of a
-    model. likelihood: mean log probability of a held-out cell, deviation: less its expectation,
-    overconfidence: the same had the held-out cells not calibrated the updates' variances. shared: see
-    `shared_direction`. start: name of the
-    start. grid: name of W's. certified: as the module says. settled: the rounds came to rest.
+    share of them that is right on the bit. sure: share with a chance of at least `SURE`. w_error: log10 of the expected
+    mean square error. misfit: the largest chi of a model. likelihood: mean log probability of a held-out cell,
+    deviation: less its expectation, overconfidence: the same had the held-out cells not calibrated the updates'
+    variances. shared: see `shared_direction`. start: name of the start. grid: name of W's. certified: as the module
+    says. crowded: see the function. settled: the rounds came to rest.
     """
 
     weight: Tensor
@@ -80,6 +79,7 @@ class HalfAnswer:
     grid: torch.dtype
     rounds: int
     certified: bool
+    crowded: bool = False
     tried: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -93,7 +93,9 @@ class HalfAnswer:
                 "Not certified: no updates of low rank were found that predict stored numbers held out; what most "
                 f"models store is returned. {share[0].upper()}{share[1:]}."
             )
-        if self.shared >= SHARED:
+        if self.crowded:
+            why = "needs updates of every rank that was looked for, and as free ones explain anything"
+        elif self.shared >= SHARED:
             why = "has a direction that all updates share in columns or rows, along which others are as good"
         elif self.misfit > MISFIT:
             why = f"leaves a misfit of {self.misfit:.2f} times the rounding"
@@ -119,11 +121,26 @@ def shared_direction(factors: Factors) -> float:
     return found
 
 
-def certifiable(run: Run, models: int) -> bool:
+def room(shape: tuple[int, ...] | torch.Size) -> int:
+    """The largest rank that is looked for in a (d, k) layer."""
+    return max(1, min(shape) // 4)
+
+
+def crowded(factors: Factors, hint: int | None) -> bool:
+    """Whether ranks that were found are all there is room for, so that none was seen to end; hint: where granted.
+
+    Updates as free as that explain a base that they do not belong to, and cells held out are too few to tell.
+    """
+    shape = (factors.left[0].shape[0], factors.right[0].shape[0])
+    return hint is None and max(factors.ranks) >= room(shape)
+
+
+def certifiable(run: Run, models: int, hint: int | None) -> bool:
     """Whether an explanation predicts what it has not seen as well as it says it would, and could not be another."""
     evidence = run.decoded.evidence
     return (
-        models >= MODELS
+        not crowded(run.factors, hint)
+        and models >= MODELS
         and shared_direction(run.factors) < SHARED
         and max(run.misfit) <= MISFIT
         and evidence.calibrated_deviation >= DEVIATION
@@ -180,8 +197,12 @@ class Recoverer:
                 name, run, cells = again, rerun, other
         if base == torch.float16:
             cells, run, base = self._coarser(cells, run)
-        if not certifiable(run, n) and shared_direction(run.factors) < SHARED and self._off_grid(cells, run):
-            return None
+        doubted = not certifiable(run, n, self.hint) or run.decoded.predicted < EASY
+        if doubted and shared_direction(run.factors) < SHARED:
+            # Without the grid lower ranks did: what the grid needs beyond them is a base that is not on it.
+            excess = crowded(run.factors, self.hint) and 0 < self.counted < room(cells.stack.shape[1:])
+            if excess or self._off_grid(cells, run):
+                return None
         if part is not None:
             whole = replace(whole, base=cells.base, twice=cells.twice)
             factors = levels.extended(whole, part, run.factors, self.generator)
@@ -192,7 +213,7 @@ class Recoverer:
             run = converge(
                 whole, factors, FINISH if good else FROM_NEARBY, most=len(FINISH) + 1 if good else MOST, good=good
             )
-        decoded, certified = run.decoded, certifiable(run, n)
+        decoded, certified = run.decoded, certifiable(run, n, self.hint)
         if not certified or decoded.predicted < EASY:
             alone = self._unfitted(whole)
             if alone.predicted > decoded.predicted or alone.evidence.likelihood > run.likelihood:
@@ -228,6 +249,7 @@ class Recoverer:
             grid=base,
             rounds=run.rounds if run else 0,
             certified=certified,
+            crowded=crowded(run.factors, self.hint) if run else False,
             tried=tried,
         )
 
@@ -240,7 +262,7 @@ class Recoverer:
         sizes = update_sizes(cells).sort().values
         faint = float(sizes[min(1, n - 1)]) / cell_size(cells)  # the two smallest updates decide a vote
         for name, weight, rank, clips, last_resort in self._starts(cells, estimate, faint):
-            if best is not None and (last_resort or faint > FAINT) and certifiable(best[1], n):
+            if best is not None and (last_resort or faint > FAINT) and certifiable(best[1], n, self.hint):
                 continue
             if best is not None and last_resort and shared_direction(best[1].factors) >= SHARED:
                 continue  # no start finds what the merges do not show
@@ -256,14 +278,14 @@ class Recoverer:
         self, cells: Cells, estimate: Tensor | None, faint: float
     ) -> Iterator[tuple[str, Tensor, int, tuple[float, ...], bool]]:
         """Name, estimate, rank and clips of each start, in the order of trying; whether it is a last resort."""
-        room = max(1, min(cells.stack.shape[1:]) // 4)
+        most = room(cells.stack.shape[1:])
         counted = math.ceil(OVER * self.counted) + 4
-        rank = min(room, self.hint if self.hint is not None else max(RANK, counted))
+        rank = min(most, self.hint if self.hint is not None else max(RANK, counted))
         if estimate is not None:
             yield (
                 "closed form",
                 estimate,
-                min(room, self.hint if self.hint is not None else counted),
+                min(most, self.hint if self.hint is not None else counted),
                 FROM_NEARBY,
                 False,
             )
