@@ -109,6 +109,8 @@ def _parquet(found: Sequence[View], folder: Path) -> None:
     """The three tidy tables: layers, trials, history."""
     import pandas as pd
 
+    from lowra.reporting import tables
+
     extra = ["row", "draw"]
     for name in ("layers", "trials", "history"):
         frames = [getattr(view, name) for view in found]
@@ -116,6 +118,8 @@ def _parquet(found: Sequence[View], folder: Path) -> None:
         path = folder / f"{name}.parquet"
         if frames:
             table = pd.concat(frames, ignore_index=True)
+            if "folder" in table:
+                table["folder"] = table["folder"].map(tables.short_folder)
             write_frame(table.drop(columns=[c for c in extra if c in table]), path)
         elif name == "history":
             path.unlink(missing_ok=True)
