@@ -81,6 +81,7 @@ def work(arguments: argparse.Namespace) -> None:
     if arguments.verify:
         from lowra.submission import verify
 
+        signals.stop()
         print(verify(arguments.verify, arguments.set))
         return
     from lowra import reporting
@@ -88,6 +89,7 @@ def work(arguments: argparse.Namespace) -> None:
     from lowra.reporting.export import export
     from lowra.reporting.views import views
 
+    signals.stop()  # temporary files are cleaned away
     records = read(arguments.folders)
     if arguments.summary:
         print(tables.markdown(tables.summary(views(records))))

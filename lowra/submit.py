@@ -39,6 +39,7 @@ def work(arguments: argparse.Namespace) -> None:
     from lowra.errors import unknown
     from lowra.submission import submit
 
+    signals.stop()
     chosen = {}
     for kind, known in (("tracks", TRACKS), ("subsets", SUBSETS)):
         chosen[kind] = [name for name in str(getattr(arguments, kind)).split(",") if name]

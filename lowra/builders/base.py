@@ -66,12 +66,12 @@ def recipe_key(builder: Any) -> str:
 
 
 # Names that transformers' Trainer has had for years: to look them up it would be imported, for seconds, in every run.
-_USUAL = ("adamw_torch", "adamw_torch_fused", "linear", "cosine", "constant")
+_OPTIMIZERS, _SCHEDULES = ("adamw_torch", "adamw_torch_fused"), ("linear", "cosine", "constant")
 
 
 def check_trainer_names(optimizer: tuple[str, str], scheduler: tuple[str, str]) -> None:
     """Raise LowraError, with those there are, for an optimiser or a schedule (setting, value) that Trainer lacks."""
-    if optimizer[1] in _USUAL[:2] and scheduler[1] in _USUAL[2:]:
+    if optimizer[1] in _OPTIMIZERS and scheduler[1] in _SCHEDULES:
         return
     from transformers import SchedulerType
     from transformers.training_args import OptimizerNames

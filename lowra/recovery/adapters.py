@@ -6,11 +6,13 @@ no adapter is ever in memory whole.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +80,15 @@ def write_adapters(
 
     records: by tensor label. A tensor that is neither of low rank nor in a module of its own cannot be carried.
     """
-    written: dict[str, list[str]] = {}
     names = adapter_names(models, used)
-    for model in used:
-        missing: list[str] = []
-        for component in models[used[0]].components:
-            own = {label: record for label, record in records.items() if record["component"] == component}
+    written: dict[str, list[str]] = {models[model].label: [] for model in used}
+    for component in models[used[0]].components:
+        own = {label: record for label, record in records.items() if record["component"] == component}
+        modules = memory_modules(models[used[0]], component)
+        for model in used:
             place = folder / names[model] / component if component else folder / names[model]
-            missing += write_adapter(place, scratch, models, used[0], model, component, own)
-        written[models[model].label] = missing
+            missing = write_adapter(place, scratch, models, used[0], model, component, own, modules)
+            written[models[model].label] += missing
     return written
 
 
@@ -105,13 +107,12 @@ def write_adapter(
     model: int,
     component: str,
     records: Mapping[str, dict[str, Any]],
+    modules: Mapping[str, tuple[str, str]],
 ) -> list[str]:
-    """One component's adapter; returns the tensors of the model that it does not carry."""
+    """One component's adapter; returns the tensors of the model that it does not carry. modules: `memory_modules`."""
     label = models[model].label
-    modules = memory_modules(models[first], component)
     ranks: dict[str, int] = {}
-    entries: list[Entry] = []
-    origin: dict[str, tuple[str, str, bool]] = {}  # adapter's name to the tensor, the factor, and whether transposed
+    adapted: list[tuple[str, str, int, bool]] = []  # module's key in the adapter, tensor, rank, whether transposed
     whole: list[dict[str, Any]] = []
     batches: dict[str, dict[str, Any]] = {}  # of experts
     for key, record in records.items():
@@ -127,17 +128,10 @@ def write_adapter(
             batches[key] = record
             continue
         path, kind = modules.get(record["name"], (record["name"].removesuffix(".weight"), ""))
-        d, k, *kernel = record["shape"]
         ranks[path] = rank
-        transposed = kind == "Conv1D"  # its weight is stored (in, out)
-        a = (rank, d) if transposed else (rank, k, *kernel)
-        b = (k, rank) if transposed else (d, rank, *([1] * len(kernel)))
-        for part, shape in (("A", a), ("B", b)):
-            name = f"base_model.model.{path}.lora_{part}.weight"
-            entries.append(Entry(name, torch.float32, shape))
-            origin[name] = (key, part, transposed)
+        adapted.append((f"base_model.model.{path}", key, rank, kind == "Conv1D"))  # whose weight is stored (in, out)
     folder = models[first].place / component if component else models[first].place
-    experts = expert_parameters(folder, [record["name"] for record in batches.values()])
+    experts = expert_parameters(folder, tuple(record["name"] for record in batches.values()))
     whole += [record for record in batches.values() if record["name"] not in experts]
     batches = {key: record for key, record in batches.items() if record["name"] in experts}
     # One rank for all matrices of a batch; PEFT has no other for a parameter than the adapter's own.
@@ -145,36 +139,25 @@ def write_adapter(
     if not ranks and not batches:
         return [record["name"] for record in whole]
     common = shared or max(set(ranks.values()), key=lambda r: (list(ranks.values()).count(r), r))
-    blocks: dict[str, tuple[str, str, ExpertParameter]] = {}
     for key, record in batches.items():
         parameter = experts[record["name"]]
-        count, d, k = record["shape"]
-        wide, narrow = (d, k) if parameter.transposed else (k, d)  # A's side, B's side
-        for part, shape in (("A", (common * count, wide)), ("B", (narrow, common * count))):
-            name = f"{parameter.key}.lora_{part}.weight"
-            entries.append(Entry(name, torch.float32, shape))
-            blocks[name] = (key, part, parameter)
-    saved, missing = whole_modules(models[model].components.get(component), whole, modules, ranks)
-    entries += [Entry(name, info.dtype, info.shape) for name, info in saved.items()]
+        adapted.append((parameter.key, key, common, parameter.transposed))
+    state = models[model].components.get(component)
+    saved, missing = whole_modules(state, whole, modules, ranks)
+    entries = [Entry(name, info.dtype, info.shape) for name, info in saved.items()]
+    values: dict[str, Callable[[], Tensor]] = {}
+    if state is not None:
+        values = {name: partial(state.read, info.name) for name, info in saved.items()}
+    for stem, key, rank, transposed in adapted:
+        shape = records[key]["shape"]
+        for part in "AB":
+            name = f"{stem}.lora_{part}.weight"
+            entries.append(Entry(name, torch.float32, factor_shape(part, shape, rank, transposed=transposed)))
+            values[name] = partial(factor, scratch_file(scratch, key), model, part, shape, rank, transposed=transposed)
     place.mkdir(parents=True, exist_ok=True)
     slots = create_shard(place / "adapter_model.safetensors", entries, {})
     for name, slot in slots.items():
-        if name in saved:
-            slot.write(models[model].components[component].read(saved[name].name))
-            continue
-        if name in blocks:
-            key, part, parameter = blocks[name]
-            count, d, k = records[key]["shape"]
-            with safe_open(scratch_file(scratch, key), framework="pt") as file:
-                slot.write(stacked(file, model, part, (count, d, k), common, transposed=parameter.transposed))
-            continue
-        key, part, transposed = origin[name]
-        with safe_open(scratch_file(scratch, key), framework="pt") as file:
-            if transposed:  # M^T = A^T B^T: the factors change places
-                values = file.get_tensor(f"{model}.{'B' if part == 'A' else 'A'}.0").mT
-            else:
-                values = file.get_tensor(f"{model}.{part}.0")
-        slot.write(values.contiguous())
+        slot.write(values[name]())
     pattern = {f"^{re.escape(path)}": rank for path, rank in sorted(ranks.items()) if rank != common}
     config = {
         "peft_type": "LORA",
@@ -208,7 +191,8 @@ class ExpertParameter:
     transposed: bool
 
 
-def expert_parameters(folder: Path, names: Sequence[str]) -> dict[str, ExpertParameter]:
+@functools.lru_cache
+def expert_parameters(folder: Path, names: tuple[str, ...]) -> dict[str, ExpertParameter]:
     """The stored tensors among `names` that PEFT can adapt as parameters (`target_parameters`).
 
     PEFT wraps a module once for each of its parameters; what the factors are called is asked of PEFT itself.
@@ -221,9 +205,9 @@ def expert_parameters(folder: Path, names: Sequence[str]) -> dict[str, ExpertPar
         from lowra.builders.peft_adapters import checkpoint_names, skeleton
 
         loaded = skeleton(folder)
-        memory = {stored: name for name, stored in checkpoint_names(loaded).items()}
-        wanted = [memory[name] for name in names if name in memory]
-        config = LoraConfig(r=1, target_modules=[], target_parameters=wanted)
+        stored = checkpoint_names(loaded)
+        memory = {name: parameter for parameter, name in stored.items()}
+        config = LoraConfig(r=1, target_modules=[], target_parameters=[memory[n] for n in names if n in memory])
         wrapped = get_peft_model(loaded, config, low_cpu_mem_usage=True)
     except Exception:
         return {}  # a model of remote code, or of another library
@@ -234,26 +218,42 @@ def expert_parameters(folder: Path, names: Sequence[str]) -> dict[str, ExpertPar
         owner = key.replace(".base_layer", "").removeprefix("base_model.model.")
         name = f"{owner}.{module.parameter_name}"
         transposed = bool(getattr(module.get_base_layer(), "is_transposed", False))  # type: ignore[operator]
-        stored = next((s for s, m in memory.items() if m == name), None)
-        if stored is not None:
-            found[stored] = ExpertParameter(name, key, transposed)
+        if name in stored:
+            found[stored[name]] = ExpertParameter(name, key, transposed)
     return found
 
 
-def stacked(file: Any, model: int, part: str, shape: tuple[int, int, int], rank: int, *, transposed: bool) -> Tensor:
-    """The factors of all experts as PEFT keeps them: A (experts r, in), B (out, r experts); short ranks filled up."""
-    count, d, k = shape
+def factor_shape(part: str, shape: Sequence[int], rank: int, *, transposed: bool) -> tuple[int, ...]:
+    """The shape PEFT gives a factor of a tensor: of a matrix, a convolution, or a batch of matrices.
+
+    transposed: the matrices are stored (in, out).
+    """
+    if (count := view_of(shape).count) > 1:
+        inside, outside = shape[1:] if transposed else shape[:0:-1]
+        return (count * rank, inside) if part == "A" else (outside, rank * count)
+    d, k, *kernel = shape
+    if transposed:
+        return (rank, d) if part == "A" else (k, rank)
+    return (rank, k, *kernel) if part == "A" else (d, rank, *([1] * len(kernel)))
+
+
+def factor(path: Path, model: int, part: str, shape: Sequence[int], rank: int, *, transposed: bool) -> Tensor:
+    """A factor's entries from the scratch file, in the order of `factor_shape`; lower ranks are filled up with zeros.
+
+    Of a batch A is (experts r, in) and B (out, r experts); a matrix is a batch of one.
+    """
+    view = view_of(shape)
     # M = B A, and M^T = A^T B^T: for (in, out) matrices the factors change places.
     stored = {"A": "B", "B": "A"}[part] if transposed else part
-    width = d if stored == "B" else k
-    whole = torch.zeros(count, rank, width)
-    there = set(file.keys())
-    for index in range(count):
-        if (name := f"{model}.{stored}.{index}") in there:
-            values = file.get_tensor(name)
-            values = values.mT if stored == "B" else values  # (r, width)
-            whole[index, : len(values)] = values
-    return whole.flatten(0, 1) if part == "A" else whole.permute(2, 1, 0).reshape(width, rank * count).contiguous()
+    whole = torch.zeros(view.count, rank, view.d if stored == "B" else view.k)
+    with safe_open(path, framework="pt") as file:
+        there = set(file.keys())
+        for index in range(view.count):
+            if (name := f"{model}.{stored}.{index}") in there:
+                values = file.get_tensor(name)
+                values = values.mT if stored == "B" else values  # (r, in or out)
+                whole[index, : values.shape[0], : values.shape[1]] = values
+    return (whole if part == "A" else whole.permute(2, 1, 0)).contiguous()
 
 
 def _owner(name: str) -> str:

@@ -403,7 +403,7 @@ def foresee(plan: Plan) -> str:
         if len(distinct.models) < task.needed:
             continue
         begin = time.perf_counter()
-        found, _, _ = solve_one(task, distinct.stack(view), distinct)
+        found, _ = solve_one(task, distinct.stack(view), distinct)
         seconds += time.perf_counter() - begin
         entries += view.d * view.k
         ranks = ", ".join(map(str, found.get("ranks", {}).values())) or "not found"

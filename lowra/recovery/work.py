@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,9 @@ _PROBE = 2**18
 class Task:
     """What is asked of every tensor. used: positions of the models that share the base, the first one first.
 
-    slots: where results go, by the tensor's label; {} in an audit. sure: where the masks of sure weights go, {} where
-    none are asked for. keep: what stands for a tensor that is no low-rank
+    slots: where results go, by the tensor's label; {} in an audit. keep: what stands for a tensor that is no low-rank
     change, "mean" or "first". fewer: solve without the last model as well (audit). factors: folder for the adapters'
-    factors, None where no adapters are asked for.
+    factors, None where no adapters are asked for. sure: where masks of sure weights go, {} where none are asked for.
     """
 
     models: tuple[Checkpoint, ...]
@@ -150,31 +149,30 @@ def recover(
     for index in range(view.count):
         stack = distinct.stack(view, index)
         check_finite(stack, distinct, task.labels)
-        found, answer, sure = solve_one(task, stack, distinct)
-        if answer is not None:
+        found, recovery = solve_one(task, stack, distinct)
+        if recovery is not None:
+            answer = recovery.candidates[0]
             write_answer(task, match, answer, index * view.d * view.k)
-            if sure is not None and match.label in task.sure:
-                task.sure[match.label].write(sure, index * view.d * view.k)
+            if recovery.sure is not None and match.label in task.sure:
+                task.sure[match.label].write(recovery.sure, index * view.d * view.k)
             if task.factors is not None:
                 parts, found["adapters"] = factored(match, distinct, stack, answer, task.labels, index)
                 factors |= parts
+            del answer
         elif view.count == 1:
             keep(task, match, distinct, record, found["status"])
             return
         else:
             keep_entries(task, match, distinct, index * view.d * view.k, (index + 1) * view.d * view.k)
-        del stack, answer
+        del stack, recovery
         slices.append(found)
     if task.factors is not None:
         keep_factors(Path(task.factors), match, factors)
     record |= {"decision": RECOVERED} | (slices[0] if view.count == 1 else together(slices))
 
 
-def solve_one(task: Task, stack: Tensor, tensor: Sources) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
-    """What is known of one stack (n, d, k), its answer, None where the models differ by a full rank, and what is sure.
-
-    The last is a mask (d, k), None where the method has none.
-    """
+def solve_one(task: Task, stack: Tensor, tensor: Sources) -> tuple[dict[str, Any], Recovery | None]:
+    """What is known of one stack (n, d, k), and its recovery, None where the models differ by a full rank."""
     labels = [task.labels[i] for i in tensor.models]
     storage = tensor.storage()
     recovery = task.method.recover(Observation(stack, task.rank, task.seed, storage))
@@ -183,19 +181,14 @@ def solve_one(task: Task, stack: Tensor, tensor: Sources) -> tuple[dict[str, Any
     if certificate in (None, "not_identifiable") and all_full(stack, storage):
         kind = looks_like(stack[0], stack[1])
         named = f"; it looks {kind}" if kind else ""
-        return (
-            {"certainty": "kept", "status": f"The models differ by a full rank{named}: no low-rank update."},
-            None,
-            None,
-        )
-    answer = recovery.candidates[0]
+        return {"certainty": "kept", "status": f"The models differ by a full rank{named}: no low-rank update."}, None
     if found["certainty"] not in ("not_identifiable", "too_few_models"):
-        found["predicted_exact"] = predicted_exact(recovery, answer, found, storage)
+        found["predicted_exact"] = predicted_exact(recovery, found, storage)
     if task.fewer and len(labels) > 1:
         found["with_one_fewer"] = with_one_fewer(task, stack[:-1], storage)
     if recovery.sure is not None:
         found["sure"] = float(recovery.sure.double().mean())
-    return found, answer, recovery.sure
+    return found, recovery
 
 
 def read_stats(recovery: Recovery, labels: Sequence[str]) -> dict[str, Any]:
@@ -220,7 +213,7 @@ def read_stats(recovery: Recovery, labels: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def predicted_exact(recovery: Recovery, answer: Tensor, found: dict[str, Any], storage: torch.dtype) -> float | None:
+def predicted_exact(recovery: Recovery, found: dict[str, Any], storage: torch.dtype) -> float | None:
     """The share of weights expected to equal the base's bit for bit.
 
     The method's own prediction where it makes one. Otherwise a normal error against half a step of the grid around each
@@ -234,6 +227,7 @@ def predicted_exact(recovery: Recovery, answer: Tensor, found: dict[str, Any], s
     formats = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if "predicted_w_error" not in found or found.get("grid") not in formats or not found.get("ranks"):
         return None
+    answer = recovery.candidates[0]
     flat = answer.reshape(-1)
     sample = flat[:: max(1, flat.numel() // _PROBE)].float()
     n, total = len(found["ranks"]), sum(found["ranks"].values())
@@ -273,18 +267,19 @@ def together(slices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         merged.pop(key, None)
         if len(values) == len(slices):
             merged[key] = average(values)
-    for key in ("ranks", "adapters"):
-        if key == "adapters" and not all("adapters" in found for found in slices):
-            merged.pop(key, None)  # not every matrix was recovered: nothing carries the whole
-            continue
-        ranks: dict[str, int] = {}
-        for found in slices:
-            for label, rank in found.get(key, {}).items():
-                ranks[label] = max(rank, ranks.get(label, 0))
-        if ranks:
-            merged[key] = ranks
+    if ranks := _largest([found.get("ranks", {}) for found in slices]):
+        merged["ranks"] = ranks
+    merged.pop("adapters", None)
+    if all("adapters" in found for found in slices):  # else not every matrix was recovered: none carries the whole
+        merged["adapters"] = _largest([found["adapters"] for found in slices])
     merged["matrices"] = [found["certainty"] for found in slices]
     return merged
+
+
+def _largest(ranks: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The largest rank of each model."""
+    labels = dict.fromkeys(label for found in ranks for label in found)
+    return {label: max(found.get(label, 0) for found in ranks) for label in labels}
 
 
 def _mean(values: Sequence[float]) -> float:

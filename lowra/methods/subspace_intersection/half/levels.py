@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowra.methods.subspace_intersection.half.fit import Factors, Quadratic, effective_variances, slope
+from lowra.methods.subspace_intersection.half.fit import Factors, Quadratic, effective_variances, qr_of, slope
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, plain_sites
 
 # Layers of at most this many entries are solved at once.
@@ -114,7 +114,7 @@ def extra_directions(cells: Cells, factors: Factors, count: int, generator: torc
     for model, left, right in zip(cells.stack, factors.left, factors.right, strict=True):
         rest = (model * cells.scale).sub_(weight).addmm_(left, right.mT, alpha=-1)
         basis = torch.randn(rest.shape[1], count, generator=generator).to(rest.device)
-        left_new = torch.linalg.qr(rest @ (rest.mT @ torch.linalg.qr(rest @ basis).Q)).Q
+        left_new = qr_of(rest @ (rest.mT @ qr_of(rest @ basis)[0]))[0]
         lefts.append(torch.cat([left, left_new], 1))
         rights.append(torch.cat([right, rest.mT @ left_new], 1))
     return Factors(tuple(lefts), tuple(rights)).balanced()

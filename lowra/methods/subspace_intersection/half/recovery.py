@@ -79,7 +79,7 @@ class HalfAnswer:
     grid: torch.dtype
     rounds: int
     certified: bool
-    crowded: bool = False
+    crowded: bool
     tried: dict[str, float] = field(default_factory=dict)
 
     @property
