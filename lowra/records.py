@@ -447,7 +447,9 @@ def tables(
     said = list(notes)
     if dropped:
         said.append(f"{dropped} records of older versions of the same methods were left out.")
-    kept.sort(key=lambda r: (*(str(r[c]) for c in SETTING), r["n_loras"], r["trial"], r["label"]))
+    # Whoever finished what first: means are sums in this order, to the last bit.
+    draw = lambda r: (*(str(r[c]) for c in SETTING), r["n_loras"], r["trial"], r["label"])  # noqa: E731
+    kept.sort(key=lambda r: (*draw(r), r["layer_model"], r["depth"] or 0, r["layer_name"]))
     layers = pd.DataFrame([_row(record) for record in kept])
     history = [step for record in kept if record.get("history") for step in _steps(record)]
     return Records(layers, _scores(kept, scores), pd.DataFrame(history), contexts, tuple(said))

@@ -252,6 +252,26 @@ def test_the_newest_variant_of_a_label_speaks_for_it(tmp_path: Path) -> None:
     assert read([tmp_path], ["a", "b"]).layers["w_error"].tolist() == [-5.0, -5.0]
 
 
+def test_tables_do_not_depend_on_who_finished_what_first(tmp_path: Path) -> None:
+    rows = [
+        layer(f"{name}{trial}", layer_name=name, depth=int(name[-1]), trial=trial, w_error=-5 - 0.1 * int(name[-1]) / 3)
+        for trial in range(2)
+        for name in ("b.9", "a.10", "a.2", "c.3", "d.1", "a.7")
+    ]
+    read_back = []
+    for place in (rows, rows[::-1], rows[1::2] + rows[::2]):
+        store = opened(tmp_path / str(len(read_back)))
+        for row in place:
+            store.append(row)
+        read_back.append(read([tmp_path / str(len(read_back))]))
+    first, *others = read_back
+    for other in others:
+        times = ["finished", "folder"]
+        pd.testing.assert_frame_equal(first.layers.drop(columns=times), other.layers.drop(columns=times))
+        sums = [trials(part.layers, part.scores)["w_error"].tolist() for part in (first, other)]
+        assert sums[0] == sums[1]  # to the last bit
+
+
 def test_folders_add_up_and_count_common_records_once(tmp_path: Path) -> None:
     one, two = opened(tmp_path / "one"), opened(tmp_path / "two")
     one.append(layer("a"))

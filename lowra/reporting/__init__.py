@@ -64,6 +64,8 @@ def write(records: Records, folder: Path, *, methods_order: Sequence[str] | None
         + "\n".join(tables.latex(tables.main_table(v), v.caption, slug(v.heading).lower()) for v in found),
     )
     files = "table.md (.tex, .csv), layers.parquet, trials.parquet"
+    if count := sum(map(len, drawn.values())):
+        files += f", {count} figure{'s' * (count > 1)} (.png, .svg)"
     return f"{_terminal(records, found)}\nWritten to {folder}: {files}."
 
 

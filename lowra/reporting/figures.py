@@ -209,6 +209,7 @@ def predicted(views: Sequence[View]) -> Figure | None:
     axes.text(0.97, 0.04, "better than predicted", ha="right", **at)
     axes.text(0.03, 0.94, "worse than predicted", **at)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    axes.locator_params(nbins=5)  # long numbers must not run into each other
     note = f"\n({exact} exactly recovered layers are below the axes)" if exact else ""
     of = "of what is returned" if column == "stat_expected_w_error" else "before a weighted fit and rounding to a grid"
     axes.set_xlabel(f"W-Error predicted without the truth,\n{of}{note}")
