@@ -71,6 +71,47 @@ def planted_layers(
         yield Layer("", name, "base", normal(d, k), tuple(loras))
 
 
+KINDS_PLANTED = ("lora", "rslora", "dora", "dora columns", "ia3", "ia3 inputs", "loha", "lokr", "oft", "oft outputs")
+KINDS_PLANTED += ("full",)
+
+
+def planted_update(kind: str, d: int = 40, k: int = 24, name: str = "x", seed: int = 0) -> Update:
+    """A random update of one of `KINDS_PLANTED`; d and k are divisible by 4."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    kind, _, other = kind.partition(" ")
+    match kind:
+        case "lora" | "rslora":
+            return Update(name, 2, 3.0, normal(2, k), normal(d, 2), kind)
+        case "dora":
+            magnitude = 1 + normal(1, k).abs() if other else 1 + normal(d, 1).abs()
+            return Update(name, 2, 3.0, normal(2, k), normal(d, 2), kind, {"magnitude": magnitude})
+        case "ia3":
+            return Update.of(name, kind, {"scale": 1.3 + (normal(1, k) if other else normal(d, 1)).abs()})
+        case "loha":
+            factors = {"w1_a": normal(d, 2), "w1_b": normal(2, k), "w2_a": normal(d, 2), "w2_b": normal(2, k)}
+            return Update.of(name, kind, factors, 4)
+        case "lokr":
+            return Update.of(name, kind, {"w1": normal(4, 2), "w2": normal(d // 4, k // 2)}, 8)
+        case "oft":
+            side = d if other else k
+            blocks = torch.linalg.qr(torch.eye(4) + normal(side // 4, 4, 4))[0].reshape(side, 4)
+            return Update.of(name, kind, {"output_blocks" if other else "input_blocks": blocks})
+    return Update.of(name, kind, {"difference": normal(d, k)})
+
+
+def planted_kinds(kinds: tuple[str, ...] = KINDS_PLANTED, layers: int = 2, d: int = 40, k: int = 24) -> Iterator[Layer]:
+    """Layers with one model of each kind."""
+    generator = torch.Generator().manual_seed(9)
+    for i in range(layers):
+        loras = [planted_update(kind, d, k, f"m{j}", 100 * i + j) for j, kind in enumerate(kinds)]
+        weight = torch.randn(d, k, generator=generator) * 0.05
+        yield Layer("", f"model.layers.{i}.self_attn.q_proj.weight", "base", weight, tuple(loras))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible() -> None:
     """Processes that tests start can be interrupted, also where the tests run in the background of a shell."""

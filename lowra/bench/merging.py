@@ -1,4 +1,4 @@
-"""Merging: what the attacker sees of a layer (Eq. 1), W'_i = W + (alpha_i / r_i) B_i A_i."""
+"""Merging: what the attacker sees of a layer (Eq. 1), W'_i = W + (alpha_i / r_i) B_i A_i, and of other kinds alike."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def merge(layer: Layer, dtype: torch.dtype = torch.float32, order: str = "once")
     The update is computed and added in float32, as the paper does. dtype: what the merge is then stored in;
     bfloat16 and float16 round it (a separate, labelled setting).
     order: "once" rounds the sum, W' = round(W + M). "twice" rounds the update first, W' = round(W + round(M)), as
-    PEFT's `safe_merge` and every merge of 16-bit adapters do. In float32 the two are one.
+    PEFT's `safe_merge` and every merge of 16-bit adapters do. In float32 the two are one. M is W' - W for every kind.
     Raises LowraError for an unknown order.
     """
     if order not in ORDERS:
@@ -34,7 +34,7 @@ def merge(layer: Layer, dtype: torch.dtype = torch.float32, order: str = "once")
     stack = torch.empty(len(layer.loras), d, k)  # (n, d, k)
     for merged, update in zip(stack, layer.loras, strict=True):
         if order == "twice" and dtype != torch.float32:
-            merged.copy_(update.delta(dtype)).add_(layer.weight)
+            merged.copy_(update.difference(layer.weight, dtype)).add_(layer.weight)
         else:
             update.apply(layer.weight, out=merged)
         if dtype != torch.float32:

@@ -37,9 +37,15 @@ def floor_error(merged: Tensor, layer: Layer) -> float:
     """W-Error of the mean of W'_i - M_i with the true M_i: the rounding of the merges, and all that is left of it.
 
     A recovery that treats all weights alike cannot do better; one that weighs them by their rounding can.
-    merged: (n, d, k), of the layer's LoRAs in their order. M_i is computed in float64.
+    merged: (n, d, k), of the layer's LoRAs in their order. M_i is computed in float64. Kinds that multiply are undone
+    with their true scales and rotations.
     """
     d, k = layer.weight.shape
+    if not all(lora.kind in ("lora", "rslora") for lora in layer.loras):
+        total = torch.zeros(d, k, dtype=torch.float64)
+        for lora, weight in zip(layer.loras, merged, strict=True):
+            total += lora.undo(weight, layer.weight)
+        return weight_error(total.div_(len(layer.loras)), layer.weight)
     # All updates as one product, with the scales on the B side: a pass over the block instead of one for each.
     left = torch.cat([lora.B.double() * lora.scale for lora in layer.loras], 1)  # (d, sum of ranks)
     right = torch.cat([lora.A.double() for lora in layer.loras])  # (sum of ranks, k)

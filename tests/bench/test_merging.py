@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import planted_layers
+from conftest import planted_kinds, planted_layers
 
 from lowra.bench.merging import ORDERS, merge, merge_dtype
 from lowra.errors import LowraError
@@ -50,3 +50,14 @@ def test_in_float32_the_order_does_not_matter() -> None:
     assert ORDERS == ("once", "twice")
     with pytest.raises(LowraError, match=r"Unknown merge\.order 'thrice'; known: once, twice"):
         merge(layer, order="thrice")
+
+
+def test_every_kind_rounds_once_or_twice() -> None:
+    (layer,) = planted_kinds(layers=1)
+    plain, once, twice = merge(layer), merge(layer, torch.bfloat16), merge(layer, torch.bfloat16, "twice")
+    for i, update in enumerate(layer.loras):
+        assert torch.equal(plain[i], update.apply(layer.weight))
+        assert torch.equal(once[i], plain[i].bfloat16().float())
+        change = update.delta() if update.adds else plain[i] - layer.weight
+        assert torch.equal(twice[i], (layer.weight + change.bfloat16().float()).bfloat16().float())
+    assert torch.equal(merge(layer, order="twice"), plain)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import planted_layers
+from conftest import KINDS_PLANTED, planted_kinds, planted_layers
 
 from lowra.bench.merging import merge
 from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
@@ -56,3 +56,22 @@ def test_the_floor_is_the_rounding_of_the_merge() -> None:
     )
     assert floor_error(exact, layer) < -31
     assert floor_error(merge(layer, torch.bfloat16), layer) > floor + 4
+
+
+@pytest.mark.parametrize("kind", KINDS_PLANTED)
+def test_the_floor_of_every_kind_is_rounding(kind: str) -> None:
+    (layer,) = planted_kinds((kind,) * 4, layers=1)
+    exact = torch.stack([update.apply(layer.weight.double()) for update in layer.loras])
+    assert floor_error(exact, layer) < -28  # float64 all the way
+    floor = floor_error(merge(layer), layer)
+    # Merged entries up to about 2 round with 2^-25 / sqrt(3) or less, and scales of 1.3 and more divide that again.
+    assert -20 < floor < -14
+    assert floor_error(merge(layer, torch.bfloat16), layer) > floor + 4
+    assert floor_error(merge(layer) + 1e-3, layer) > -8  # what is not the update's stays
+
+
+def test_the_floor_of_mixed_kinds_is_that_of_their_mean() -> None:
+    (layer,) = planted_kinds(("lora", "full"), layers=1)
+    stack = merge(layer)
+    rest = stack.double() - torch.stack([update.delta(torch.float64) for update in layer.loras])
+    assert floor_error(stack, layer) == pytest.approx(weight_error(rest.mean(0), layer.weight), abs=1e-9)
