@@ -4,6 +4,10 @@ Columns: `layer_model` (component: "", "unet", "text_encoder"), `layer_name` (th
 `pre_ft_weight` (d, k), and for each LoRA i `lora_{i}_name`, `lora_{i}_rank`, `lora_{i}_alpha`, `lora_{i}_A_weight`
 (r, k), `lora_{i}_B_weight` (d, r). This is the schema of the public data set `Eliahu/LoWRA-Bench`; builders write it,
 the benchmark reads it. The number of LoRAs is whatever the columns hold, and ranks may differ between LoRAs.
+
+Other kinds of fine-tuning have further columns, which readers of the published data ignore: `lora_{i}_kind`, null for
+plain LoRA, and a matrix for each tensor that `lowra.bench.updates.KINDS` gives the kind, `lora_{i}_magnitude` and so
+on. Where a kind has no A and B these are null, and `lora_{i}_rank` is the largest rank its update can have.
 """
 
 from __future__ import annotations
@@ -27,13 +31,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowra.bench.updates import Update, check_alpha, check_rank
+from lowra.bench.updates import KINDS, Update, check_alpha, check_rank
 from lowra.digests import remembered
-from lowra.errors import LowraError
+from lowra.errors import LowraError, unknown
 from lowra.packages import require
 
 _LAYER_COLUMNS = ("layer_model", "layer_name", "pre_ft_name", "pre_ft_weight")
 _LORA_COLUMNS = ("name", "rank", "alpha", "A_weight", "B_weight")
+_PLAIN = ("lora", "rslora")  # kinds that need no further columns
 _LORA_COLUMN = re.compile(r"^lora_(\d+)_(name|rank|alpha|A_weight|B_weight)$")
 
 
@@ -140,6 +145,11 @@ def _list_array(weight: Tensor, value_type: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(np.array([0, rows], dtype=np.int32), inner)
 
 
+def _null_matrix(value_type: pa.DataType) -> pa.Array:
+    """The array of `_list_array` where there is no matrix."""
+    return pa.nulls(1, pa.list_(pa.list_(value_type)))
+
+
 # ---- Writing ----------------------------------------------------------------------------------------------------
 
 
@@ -149,12 +159,13 @@ def write_dataset(layers: Iterable[Layer], folder: Path, *, dtype: str = "float3
     The folder appears only once it is complete: rows go to a temporary folder, a process's own, that is renamed at the
     end. dtype: "float32" or "float16", the stored precision. Returns `folder`.
 
-    The schema knows plain LoRA: of other kinds the alpha that gives the same scale is written.
+    rsLoRA is written as plain LoRA, with the alpha that gives the same scale. Subsets of plain LoRA have no columns for
+    other kinds.
     """
     value_type = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
     partial = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     partial.mkdir(parents=True)
-    writer: pq.ParquetWriter | None = None
+    writer = _Writer(partial / "train-00000-of-00001.parquet")
     names: tuple[str, ...] | None = None
     try:
         for layer in layers:
@@ -162,35 +173,84 @@ def write_dataset(layers: Iterable[Layer], folder: Path, *, dtype: str = "float3
             if names is not None and here != names:
                 raise LowraError(f"Layer {layer.name!r} has LoRAs {here}; the layers before it have {names}.")
             names = here
-            columns: dict[str, Any] = {
-                "layer_model": pa.array([layer.model], pa.string()),
-                "layer_name": pa.array([layer.name], pa.string()),
-                "pre_ft_name": pa.array([layer.pre_ft_name], pa.string()),
-                "pre_ft_weight": _list_array(layer.weight, value_type),
-            }
-            for i, lora in enumerate(layer.loras):
-                columns[f"lora_{i}_name"] = pa.array([lora.name], pa.string())
-                columns[f"lora_{i}_rank"] = pa.array([lora.rank], pa.int64())
-                columns[f"lora_{i}_alpha"] = pa.array([lora.lora_alpha], pa.float64())
-                columns[f"lora_{i}_A_weight"] = _list_array(lora.A, value_type)
-                columns[f"lora_{i}_B_weight"] = _list_array(lora.B, value_type)
-            row = pa.table(columns)
-            if writer is None:
-                # Weights do not compress and dictionaries of distinct floats only cost time.
-                path = partial / "train-00000-of-00001.parquet"
-                writer = pq.ParquetWriter(path, row.schema, compression="none", use_dictionary=False)
-            writer.write_table(row, row_group_size=1)
-        if writer is None:
+            writer.add(_row(layer, value_type))
+        if names is None:
             raise LowraError("There are no layers to write; a subset needs at least one.")
         writer.close()
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
     finally:
-        if writer is not None:
-            writer.close()
+        writer.close()
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _row(layer: Layer, value_type: pa.DataType) -> pa.Table:
+    """A layer as a row."""
+    columns: dict[str, Any] = {
+        "layer_model": pa.array([layer.model], pa.string()),
+        "layer_name": pa.array([layer.name], pa.string()),
+        "pre_ft_name": pa.array([layer.pre_ft_name], pa.string()),
+        "pre_ft_weight": _list_array(layer.weight, value_type),
+    }
+    d, k = layer.weight.shape
+    for i, lora in enumerate(layer.loras):
+        rank = lora.limit(d, k)
+        columns[f"lora_{i}_name"] = pa.array([lora.name], pa.string())
+        columns[f"lora_{i}_rank"] = pa.array([rank], pa.int64())
+        columns[f"lora_{i}_alpha"] = pa.array([lora.lora_alpha if lora.factors else rank], pa.float64())
+        for part in "AB":
+            matrix = _list_array(getattr(lora, part), value_type) if lora.factors else _null_matrix(value_type)
+            columns[f"lora_{i}_{part}_weight"] = matrix
+        if lora.kind not in _PLAIN:
+            columns[f"lora_{i}_kind"] = pa.array([lora.kind], pa.string())
+            for name, tensor in lora.tensors.items():
+                columns[f"lora_{i}_{name}"] = _list_array(tensor, value_type)
+    return pa.table(columns)
+
+
+class _Writer:
+    """One parquet file, a row group per row. A row may have columns that those before it lack: null there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: pq.ParquetWriter | None = None
+
+    def add(self, row: pa.Table) -> None:
+        """Write one row."""
+        if self._file is None:
+            # Weights do not compress and dictionaries of distinct floats only cost time.
+            self._file = pq.ParquetWriter(self._path, row.schema, compression="none", use_dictionary=False)
+        schema = self._file.schema
+        if more := [field for field in row.schema if field.name not in schema.names]:
+            self._widen(more)
+            self.add(row)
+            return
+        if row.schema != schema:
+            cells = [row[at.name] if at.name in row.column_names else pa.nulls(1, at.type) for at in schema]
+            row = pa.table(cells, schema=schema)
+        self._file.write_table(row, row_group_size=1)
+
+    def _widen(self, more: Sequence[pa.Field]) -> None:
+        """Write the file again with further columns."""
+        assert self._file is not None
+        schema = self._file.schema
+        self.close()
+        before = self._path.with_suffix(".narrow")
+        os.replace(self._path, before)
+        for field in more:
+            schema = schema.append(field)
+        self._file = pq.ParquetWriter(self._path, schema, compression="none", use_dictionary=False)
+        with pq.ParquetFile(before) as rows:
+            for group in range(rows.num_row_groups):
+                self.add(rows.read_row_group(group))
+        before.unlink()
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._file is not None:
+            self._file.close()
 
 
 # ---- Reading ----------------------------------------------------------------------------------------------------
@@ -313,10 +373,12 @@ class StoredTable:
         self._loras = _lora_indices(rows.columns, where)
         if not len(rows):
             raise LowraError(f"{where} has no rows; expected one row per layer.")
-        small = [f"lora_{i}_{part}" for i in self._loras for part in ("name", "rank", "alpha")]
+        small = [f"lora_{i}_{part}" for i in self._loras for part in ("name", "rank", "alpha", "kind")]
+        small = [column for column in small if not column.endswith("_kind") or column in rows.columns]
         cells = rows.all(["layer_model", "layer_name", "pre_ft_name", *small]).to_pylist()
         self.model_names = tuple(self._text(cells[0], f"lora_{i}_name") for i in self._loras)
         self._alphas: list[tuple[float, ...]] = []  # per row
+        self._kinds: list[tuple[str, ...]] = []  # per row
         self.infos = tuple(self._info(index, row) for index, row in enumerate(cells))
         labels = [info.label for info in self.infos]
         repeated = sorted({label for label in labels if labels.count(label) > 1})
@@ -359,37 +421,75 @@ class StoredTable:
         alphas = (cells[f"lora_{i}_alpha"] for i in self._loras)
         checked = zip(self._loras, alphas, ranks, strict=True)
         self._alphas.append(tuple(check_alpha(alpha, r, f"lora_{i}_alpha {where}") for i, alpha, r in checked))
-        a, b = (f"lora_{self._loras[0]}_{part}" for part in ("A_weight", "B_weight"))
-        row = self._rows.row(index, [a, b])
-        d, k = self._tensor(row, b, name).shape[0], self._tensor(row, a, name).shape[1]
+        self._kinds.append(tuple(self._kind(cells.get(f"lora_{i}_kind"), i, where) for i in self._loras))
+        d, k = self._shape(index, name)
         if max(ranks) > min(d, k):
             raise LowraError(f"Layer {name!r} is {d} x {k} and cannot hold a LoRA of rank {max(ranks)}.")
         return LayerInfo(str(cells["layer_model"] or ""), name, str(cells["pre_ft_name"] or ""), d, k, ranks)
 
+    def _kind(self, stored: object, i: int, where: str) -> str:
+        if stored is None:
+            return "lora"
+        if stored not in KINDS:
+            raise unknown("kind of update", stored, KINDS, f"It is lora_{i}_kind {where}.")
+        return str(stored)
+
+    def _shape(self, index: int, name: str) -> tuple[int, int]:
+        """A layer's (d, k), from factors where some model has them: they are far smaller than the weight."""
+        with_factors = (i for i, kind in zip(self._loras, self._kinds[index], strict=True) if KINDS[kind].factors)
+        if (i := next(with_factors, None)) is None:
+            d, k = self._tensor(self._rows.row(index, ["pre_ft_weight"]), "pre_ft_weight", name).shape
+            return d, k
+        a, b = f"lora_{i}_A_weight", f"lora_{i}_B_weight"
+        row = self._rows.row(index, [a, b])
+        return self._tensor(row, b, name).shape[0], self._tensor(row, a, name).shape[1]
+
+    def _columns(self, i: int, kind: str) -> list[str]:
+        """The columns of a model's matrices; those that the data lacks are left out."""
+        names = [f"lora_{i}_{part}" for part in [*["A_weight", "B_weight"] * KINDS[kind].factors, *KINDS[kind].tensors]]
+        return [name for name in names if name in self._rows.columns]
+
     def read(self, index: int, models: Sequence[int] | None = None) -> Layer:
         """Read one layer with the LoRAs asked for (positions in `model_names`; all by default).
 
-        Raises LowraError when a factor's shape does not fit the weight or its stated rank.
+        Raises LowraError when a factor's shape does not fit the weight or its stated rank, or a kind lacks a tensor.
         """
-        info = self.infos[index]
+        info, kinds = self.infos[index], self._kinds[index]
         chosen = range(len(self._loras)) if models is None else models
-        columns = [f"lora_{self._loras[m]}_{part}_weight" for m in chosen for part in "AB"]
+        columns = [column for m in chosen for column in self._columns(self._loras[m], kinds[m])]
         row = self._rows.row(index, ["pre_ft_weight", *columns])
         weight = self._tensor(row, "pre_ft_weight", info.label)
         d, k = weight.shape
         updates = []
         for m in chosen:
-            i, rank = self._loras[m], info.ranks[m]
-            a = self._tensor(row, f"lora_{i}_A_weight", info.label)
-            b = self._tensor(row, f"lora_{i}_B_weight", info.label)
-            if a.shape != (rank, k) or b.shape != (d, rank):
-                raise LowraError(
-                    f"LoRA {i} of layer {info.label!r} does not fit in {self._where}: A is {tuple(a.shape)} and B "
-                    f"{tuple(b.shape)}, but the weight is {(d, k)} and the rank {rank}, so A must be {(rank, k)} and "
-                    f"B {(d, rank)}."
-                )
-            updates.append(Update(self.model_names[m], rank, self._alphas[index][m], a, b))
+            updates.append(self._update(row, index, m, d, k))
         return Layer(info.model, info.name, info.pre_ft_name, weight, tuple(updates))
+
+    def _update(self, row: pa.Table, index: int, m: int, d: int, k: int) -> Update:
+        """One model's update of a (d, k) layer."""
+        info, i, kind, label = self.infos[index], self._loras[m], self._kinds[index][m], self.infos[index].label
+        rank = info.ranks[m]
+        found = {column: self._tensor(row, column, label) for column in self._columns(i, kind) if _filled(row, column)}
+        tensors = {name: found[f"lora_{i}_{name}"] for name in KINDS[kind].tensors if f"lora_{i}_{name}" in found}
+        try:
+            if not KINDS[kind].factors:
+                update = Update.of(self.model_names[m], kind, tensors, rank)
+            else:
+                a, b = (self._tensor(row, f"lora_{i}_{part}_weight", label) for part in "AB")
+                if a.shape != (rank, k) or b.shape != (d, rank):
+                    raise LowraError(
+                        f"LoRA {i} of layer {label!r} does not fit in {self._where}: A is {tuple(a.shape)} and B "
+                        f"{tuple(b.shape)}, but the weight is {(d, k)} and the rank {rank}, so A must be {(rank, k)} "
+                        f"and B {(d, rank)}."
+                    )
+                update = Update(self.model_names[m], rank, self._alphas[index][m], a, b, kind, tensors)
+        except LowraError as error:
+            raise error if kind in _PLAIN else LowraError(f"Layer {label!r} in {self._where}: {error}") from None
+        if misfit := update.misfit(d, k):
+            raise LowraError(
+                f"LoRA {i} of layer {label!r} does not fit in {self._where}: it updates a {d} x {k} weight {misfit}."
+            )
+        return update
 
     def fingerprint(self) -> str:
         """What `scan` says of every layer; asked again only when a file has changed since the last time."""
@@ -398,7 +498,7 @@ class StoredTable:
         return remembered(f"scan {_SCAN}", self._rows.files, lambda: scan(self))
 
 
-_SCAN = 1
+_SCAN = 2
 """Count up whenever `scan` refuses more, so that data that an older one let through is looked at again."""
 
 
@@ -414,12 +514,23 @@ def scan(table: LayerTable) -> str:
         digest.update(f"{info.label}|{info.ranks}|{[update.alpha for update in layer.loras]}".encode())
         named = [("pre_ft_weight", layer.weight)]
         for update in layer.loras:
-            named += [(f"A of {update.name}", update.A), (f"B of {update.name}", update.B)]
+            if update.factors:
+                named += [(f"A of {update.name}", update.A), (f"B of {update.name}", update.B)]
+            if update.kind not in _PLAIN:
+                digest.update(f"{update.name}|{update.kind}|{sorted(update.tensors)}".encode())
+                named += [(f"{name} of {update.name}", tensor) for name, tensor in sorted(update.tensors.items())]
         for what, tensor in named:
             if not torch.isfinite(tensor).all():
                 raise LowraError(f"{what} of layer {info.label!r} contains NaN or infinity; mend or drop that model.")
             digest.update(tensor.numpy().data)
         for update in layer.loras:
+            if update.kind not in _PLAIN:
+                if not torch.isfinite(update.apply(layer.weight)).all():
+                    raise LowraError(
+                        f"The {KINDS[update.kind].title} merge of {update.name} of layer {info.label!r} is not finite: "
+                        "the update is too large for float32, or divides by a norm of zero; mend or drop that model."
+                    )
+                continue
             bound = update.rank * abs(update.scale) * float(update.A.abs().max()) * float(update.B.abs().max())
             if not bound <= largest:
                 raise LowraError(
@@ -427,6 +538,11 @@ def scan(table: LayerTable) -> str:
                     f"{update.alpha:g}; mend or drop that model."
                 )
     return digest.hexdigest()[:16]
+
+
+def _filled(row: pa.Table, column: str) -> bool:
+    """Whether a row of one has a value there."""
+    return row.column(column).null_count == 0
 
 
 def _lora_indices(columns: Sequence[str], where: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import planted_layers
+from conftest import KINDS_PLANTED, planted_kinds, planted_layers, planted_update
 
 from lowra.bench.schema import Layer, StoredTable, open_dataset, open_hub, to_tensor, write_dataset
 from lowra.bench.updates import Update
@@ -54,6 +54,21 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
         assert_same(table.read(i), layer)
     some = table.read(2, [4, 1])
     assert [lora.name for lora in some.loras] == ["task_4", "task_1"]
+
+
+def test_plain_subsets_are_written_byte_for_byte_as_before_there_were_kinds(tmp_path: Path) -> None:
+    planted = list(planted_layers(layers=2, models=2))
+    (path,) = write_dataset(planted, tmp_path / "data").glob("*.parquet")
+    matrix = pa.list_(pa.list_(pa.float32()))
+    columns = rows(planted, lambda t: t.tolist())
+    kinds = {key: matrix if key.endswith("weight") else pa.int64() for key in columns}
+    kinds |= {key: pa.string() for key in columns if key.endswith(("name", "model"))}
+    kinds |= {key: pa.float64() for key in columns if key.endswith("alpha")}
+    table = pa.table(columns, schema=pa.schema(kinds))
+    with pq.ParquetWriter(tmp_path / "b.parquet", pa.schema(kinds), compression="none", use_dictionary=False) as file:
+        for i in range(len(table)):
+            file.write_table(table.slice(i, 1).combine_chunks(), row_group_size=1)
+    assert path.read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["one_group", "save_to_disk", "fixed", "large"])
@@ -175,6 +190,103 @@ def test_rank_above_the_layer(tmp_path: Path) -> None:
     write_dataset(planted_layers(layers=1, d=6, k=5, ranks=(7,)), tmp_path / "d")
     with pytest.raises(LowraError, match="is 6 x 5 and cannot hold a LoRA of rank 7"):
         open_dataset(tmp_path / "d")
+
+
+# ---- Other kinds of updates -------------------------------------------------------------------------------------
+
+
+def test_every_kind_is_written_and_read_back(tmp_path: Path) -> None:
+    planted = list(planted_kinds())
+    folder = write_dataset(planted, tmp_path / "data")
+    table = open_dataset(folder)
+    assert table.infos[0].ranks == tuple(update.limit(40, 24) for update in planted[0].loras)
+    assert (table.infos[0].d, table.infos[0].k) == (40, 24)
+    chosen = [5, 2, 10]
+    for i, layer in enumerate(planted):
+        for found, made in zip(table.read(i).loras, layer.loras, strict=True):
+            assert found.kind == ("lora" if made.kind == "rslora" else made.kind)
+            assert found.name == made.name
+            assert found.tensors.keys() == made.tensors.keys()
+            assert all(torch.equal(found.tensors[name], tensor) for name, tensor in made.tensors.items())
+            assert torch.equal(found.apply(layer.weight), made.apply(layer.weight))
+        assert [update.name for update in table.read(i, chosen).loras] == [f"m{m}" for m in chosen]
+    columns = pq.read_table(folder).to_pylist()[0]
+    assert columns["lora_0_A_weight"] is not None
+    assert "lora_0_kind" not in columns
+    lokr = KINDS_PLANTED.index("lokr")
+    assert (columns[f"lora_{lokr}_A_weight"], columns[f"lora_{lokr}_B_weight"]) == (None, None)
+    assert (columns[f"lora_{lokr}_kind"], columns[f"lora_{lokr}_rank"]) == ("lokr", 8)
+
+
+def without_factors(tmp_path: Path) -> Path:
+    return write_dataset(planted_kinds(("ia3", "oft", "full")), tmp_path / "data")
+
+
+def test_layers_without_any_factors_have_the_shape_of_their_weight(tmp_path: Path) -> None:
+    table = open_dataset(without_factors(tmp_path))
+    assert (table.infos[1].d, table.infos[1].k, table.infos[1].ranks) == (40, 24, (24, 24, 24))
+    assert len(table.fingerprint()) == 16
+
+
+def test_layers_of_one_model_may_differ_in_kind(tmp_path: Path) -> None:
+    weight = torch.ones(40, 24)
+    kinds = ("lora", "lokr", "oft outputs", "lora")
+    layers = [
+        Layer("", str(i), "", weight, (planted_update(kind, name="a"), planted_update("lora", name="b")))
+        for i, kind in enumerate(kinds)
+    ]
+    folder = write_dataset(layers, tmp_path / "data")
+    assert [path.name for path in folder.iterdir()] == ["train-00000-of-00001.parquet"]
+    table = open_dataset(folder)
+    for i, layer in enumerate(layers):
+        found = table.read(i).loras[0]
+        assert found.kind == kinds[i].split()[0]
+        assert torch.equal(found.apply(weight), layer.loras[0].apply(weight))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS_PLANTED if kind not in ("lora", "rslora")])
+def test_the_fingerprint_follows_every_tensor(kind: str, tmp_path: Path) -> None:
+    def digest(layer: Layer) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return open_dataset(write_dataset([layer], folder)).fingerprint()
+
+    (layer,) = planted_kinds((kind, "lora"), layers=1)
+    seen = {digest(layer)}
+    for tensor in layer.loras[0].tensors.values():
+        tensor[0, 0] += 1e-3
+        seen.add(digest(layer))
+    assert len(seen) == 1 + len(layer.loras[0].tensors)
+    next(iter(layer.loras[0].tensors.values()))[0, 0] = float("nan")
+    with pytest.raises(LowraError, match=r"of m0 of layer .* contains NaN or infinity"):
+        digest(layer)
+
+
+def test_a_merge_that_is_not_finite(tmp_path: Path) -> None:
+    (layer,) = planted_kinds(("dora", "lora"), layers=1)
+    layer.weight[3] = 0
+    layer.loras[0].B[3] = 0
+    with pytest.raises(LowraError, match=r"The DoRA merge of m0 of layer .* is not finite"):
+        open_dataset(write_dataset([layer], tmp_path / "data")).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_0_kind": ["boft"] * 2}, r"Unknown kind of update 'boft'; known: dora, .*It is lora_0_kind of layer"),
+        ({"lora_0_kind": [3] * 2}, r"Unknown kind of update 3; known"),
+        ({"lora_0_magnitude": None}, r"Layer .* in .*: The DoRA update 'm0' holds no tensors .*magnitude \(d, 1\)"),
+        ({"lora_0_magnitude": [None] * 2}, r"The DoRA update 'm0' holds no tensors"),
+        ({"lora_0_magnitude": [[[1.0]] * 7] * 2}, r"updates a 40 x 24 weight with magnitude \(7, 1\), where DoRA has"),
+        ({"lora_1_w1": [[[1.0, 2.0]] * 3] * 2}, r"with w1 \(3, 2\), w2 \(10, 12\), where LoKr has .* with p q = d"),
+    ],
+)
+def test_columns_of_kinds_that_do_not_fit(
+    changes: dict[str, list[object] | None], message: str, tmp_path: Path
+) -> None:
+    columns = pq.read_table(write_dataset(planted_kinds(("dora", "lokr")), tmp_path / "data")).to_pydict()
+    columns = {key: value for key, value in (columns | changes).items() if value is not None}
+    with pytest.raises(LowraError, match=message):
+        open_dataset(write_rows(columns, tmp_path / "d" / "x.parquet")).fingerprint()
 
 
 # ---- Numbers that are none: refused on opening ------------------------------------------------------------------
