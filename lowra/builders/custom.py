@@ -1,13 +1,13 @@
 """One's own LoRAs on one's own base: a data set in the LoWRA-Bench schema, and the merged checkpoints if wanted.
 
-Read are PEFT adapter folders (patterns of ranks and alphas, rank-stabilised scales, transposed weights, modules trained
-whole, parameters of experts) on a transformers base, and kohya's, diffusers' and PEFT's files on a pipeline.
+Read are PEFT adapter folders (LoRA with its variants, (IA)^3, LoHa, LoKr, VeRA, OFT; patterns of ranks and alphas,
+transposed weights, modules trained whole, parameters of experts) on a transformers base, and kohya's, LyCORIS',
+diffusers' and PEFT's files on a pipeline.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from lowra.bench.merging import DTYPES, ORDERS
 from lowra.bench.schema import Layer, write_dataset
-from lowra.bench.updates import Update, check_alpha, check_rank
+from lowra.bench.updates import Update
+from lowra.builders.adapter_kinds import SHARED, ia3_on_inputs, key_pattern, peft_type, peft_update, rank_and_alpha
 from lowra.builders.base import Built
 from lowra.builders.kohya_files import LoraFile, expected_modules
-from lowra.builders.peft_adapters import natural_order, patterned
+from lowra.builders.peft_adapters import natural_order
 from lowra.checkpoints.reading import Checkpoint, component_folder, open_checkpoint, other_files, resolve
 from lowra.checkpoints.writing import create_shard, index_name, index_text, pieces, plan_shards
 from lowra.checks import Name, Names, OneOf
@@ -31,8 +32,6 @@ from lowra.digests import file_digest
 from lowra.errors import LowraError
 from lowra.recovery.adapters import memory_modules
 from lowra.recovery.tensors import view_of
-
-_FACTOR = re.compile(r"^base_model\.model\.(?P<module>.+?)(?:\.base_layer)*\.lora_(?P<part>[AB])\.weight$")
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class OwnAdapter(Protocol):
     places: tuple[Place, ...]
     whole: tuple[Place, ...]
 
-    def update(self, place: Place) -> Update:
-        """The update of one matrix, in the orientation of the checkpoint."""
+    def update(self, place: Place, weight: Tensor) -> Update:
+        """The update of one matrix (d, k), in the orientation of the checkpoint."""
         ...
 
     def replacement(self, place: Place) -> Tensor:
@@ -66,9 +65,9 @@ class OwnAdapter(Protocol):
 
 
 class PeftFolder:
-    """A PEFT LoRA folder on a transformers base; opened lazily.
+    """A PEFT adapter folder on a transformers base; opened lazily.
 
-    Raises LowraError for other kinds of adapters, factors of other ranks than configured, and modules the base lacks.
+    Raises LowraError for kinds that are not read, factors of other ranks than configured, and modules the base lacks.
     """
 
     def __init__(self, folder: Path, base: Checkpoint, name: str) -> None:
@@ -83,55 +82,63 @@ class PeftFolder:
                 f"{folder} is no readable PEFT adapter ({error}); expected adapter_config.json and "
                 "adapter_model.safetensors."
             ) from None
-        if self.config.get("peft_type") != "LORA" or self.config.get("use_dora"):
-            raise LowraError(f"{folder} is not a plain LoRA adapter; only LoRA without DoRA is read.")
+        self.type = peft_type(self.config, folder)
+        pattern = key_pattern(self.type)
         component = next(iter(base.components))
         state = base.components[component]
         stored = {path: (tensor, kind) for tensor, (path, kind) in memory_modules(base, component).items()}
         pairs: dict[str, dict[str, str]] = {}
+        self._shared: dict[str, str] = {}
         whole: dict[Place, str] = {}
         for key in keys:
-            if match := _FACTOR.match(key):
+            if match := pattern.match(key):
                 # PEFT wraps a module once per parameter it adapts in it; the keys keep the wrappers apart.
-                pairs.setdefault(key[: match.start("part") - len(".lora_")], {})[match["part"]] = key
+                pairs.setdefault(key[: match.start("part") - 1], {})[match["part"]] = key
+            elif key in SHARED:
+                self._shared[key] = key
             elif key.startswith("base_model.model."):
                 path, _, parameter = key.removeprefix("base_model.model.").rpartition(".")
                 tensor = stored.get(path, (f"{path}.weight", ""))[0].removesuffix(".weight") + f".{parameter}"
                 if tensor in state:
                     whole[Place(component, tensor)] = key
         self._whole = whole
-        self._factors: dict[Place, tuple[str, str, bool]] = {}  # place: keys of A and B, and whether M is transposed
-        self._settings: dict[Place, tuple[int, float]] = {}
+        self._biases: dict[Place, Tensor] = {}  # those that change with an output's scale, as they are then
+        self._modules: dict[Place, tuple[str, dict[str, str], bool]] = {}  # module, keys, whether it is transposed
         parameters = {str(p).rpartition(".")[2] for p in self.config.get("target_parameters") or ()}
         for prefix, found in pairs.items():
-            if set(found) != {"A", "B"}:
-                raise LowraError(f"{folder} has only lora_{next(iter(found))} of {prefix!r}; it is incomplete.")
             module = prefix.removeprefix("base_model.model.").replace(".base_layer", "")
-            a, b = (tuple(self._file.get_slice(found[part]).get_shape()) for part in "AB")
-            candidates = [f"{module}.{parameter}" for parameter in sorted(parameters)]
-            candidates = [tensor for tensor in candidates if tensor in state and self._fit(state.shape(tensor), a, b)]
             tensor, kind = stored.get(module, (f"{module}.weight", ""))
             transposed = bool(kind == "Conv1D" or self.config.get("fan_in_fan_out"))
-            if len(candidates) > 1:
-                raise LowraError(
-                    f"{prefix!r} of {folder} fits several parameters of the base: {', '.join(candidates)}."
-                )
-            if candidates:
-                tensor = candidates[0]
-                self._add_experts(Place(component, tensor), state.shape(tensor), module, (found["A"], found["B"]), a, b)
-                continue
+            if self.type == "LORA":
+                if not {"lora_A", "lora_B"} <= set(found):
+                    raise LowraError(f"{folder} has only {next(iter(found))} of {prefix!r}; it is incomplete.")
+                a, b = (tuple(self._file.get_slice(found[f"lora_{part}"]).get_shape()) for part in "AB")
+                candidates = [f"{module}.{parameter}" for parameter in sorted(parameters)]
+                candidates = [name for name in candidates if name in state and self._fit(state.shape(name), a, b)]
+                if len(candidates) > 1:
+                    raise LowraError(
+                        f"{prefix!r} of {folder} fits several parameters of the base: {', '.join(candidates)}."
+                    )
+                if candidates:
+                    place = Place(component, candidates[0])
+                    self._add_experts(place, state.shape(candidates[0]), module, found, a, b)
+                    continue
             if tensor not in state:
                 raise LowraError(
                     f"{folder} adapts {module!r}, no tensor of the base {base.label}; its {len(state)} tensors "
                     f"are named like {next(iter(state))!r}."
                 )
-            place = Place(component, tensor)
-            self._factors[place] = (found["A"], found["B"], transposed)
-            self._settings[place] = self._checked(module, a[0], place)
-        if not self._factors:
-            raise LowraError(f"{weights} holds no LoRA factors; expected keys ending in lora_A.weight.")
-        self.places = tuple(self._factors)
-        self.whole = tuple(whole)
+            self._modules[Place(component, tensor)] = (module, found, transposed)
+            self._checked(module, a[0] if self.type == "LORA" else None)
+            bias = f"{tensor.removesuffix('.weight')}.bias"
+            if self.type == "IA3" and bias in state:
+                scale = self._file.get_tensor(found["ia3_l"]).float()
+                if not ia3_on_inputs(self.config, module, scale.shape):
+                    self._biases[Place(component, bias)] = state[bias].float() * scale.flatten()
+        if not self._modules:
+            raise LowraError(f"{weights} holds no tensors of {self.type} modules.")
+        self.places = tuple(self._modules)
+        self.whole = (*whole, *self._biases)
 
     @staticmethod
     def _fit(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> bool:
@@ -142,7 +149,7 @@ class PeftFolder:
         place: Place,
         shape: tuple[int, ...],
         module: str,
-        keys: tuple[str, str],
+        keys: dict[str, str],
         a: tuple[int, ...],
         b: tuple[int, ...],
     ) -> None:
@@ -152,38 +159,33 @@ class PeftFolder:
         transposed = (a[1], b[0]) == shape[-2:] if shape[-2] != shape[-1] else experts > 1
         for index in range(experts):
             one = replace(place, index=index if len(shape) == 3 else None)
-            self._factors[one] = (*keys, transposed)
-            self._settings[one] = self._checked(module, a[0] // experts, one)
+            self._modules[one] = (module, keys, transposed)
+            self._checked(module, a[0] // experts)
 
-    def _checked(self, module: str, found: int, place: Place) -> tuple[int, float]:
-        """Rank and alpha by the configuration and its patterns; the factors must have that rank."""
-        where = f"of {place.tensor!r} in {self.folder / 'adapter_config.json'}"
-        values = []
-        for default, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-            patterns = self.config.get(pattern) or {}
-            values.append(patterned(patterns, module, self.config.get(default)))
-        rank = check_rank(values[0], f"The rank {where}")
-        if rank != found:
-            raise LowraError(f"The rank {where} is {rank}, and the factors' is {found}.")
-        return rank, check_alpha(values[1], rank, f"The alpha {where}")
+    def _checked(self, module: str, found: int | None) -> int:
+        """The rank by the configuration and its patterns, which LoRA's factors must have."""
+        rank, _ = rank_and_alpha(self.config, module, self.folder)
+        if found is not None and rank != found:
+            raise LowraError(f"The rank of {module!r} in {self.folder} is {rank}, and the factors' is {found}.")
+        return rank
 
-    def update(self, place: Place) -> Update:
-        """The update of one matrix, in the orientation of the checkpoint."""
-        a_key, b_key, transposed = self._factors[place]
-        rank, alpha = self._settings[place]
-        a, b = (self._file.get_tensor(key).float().flatten(1) for key in (a_key, b_key))
+    def update(self, place: Place, weight: Tensor) -> Update:
+        """The update of one matrix (d, k), in the orientation of the checkpoint."""
+        module, keys, transposed = self._modules[place]
+        parts = {part: self._file.get_tensor(key) for part, key in (keys | self._shared).items()}
         if place.index is not None:
+            rank = self._checked(module, None)
+            a, b = parts["lora_A"], parts["lora_B"]
             experts = a.shape[0] // rank
-            a = a.view(experts, rank, -1)[place.index]  # (r, in)
-            b = b.view(b.shape[0], rank, experts)[:, :, place.index]  # (out, r)
-        if transposed:
-            a, b = b.mT, a.mT
-        kind = "rslora" if self.config.get("use_rslora") else "lora"
-        return Update(self.name, rank, alpha, a.contiguous(), b.contiguous(), kind)
+            parts["lora_A"] = a.view(experts, rank, -1)[place.index]  # (r, in)
+            parts["lora_B"] = b.view(b.shape[0], rank, experts)[:, :, place.index]  # (out, r)
+        turned = weight.mT if transposed else weight
+        update = peft_update(self.name, self.config, module, parts, turned, self.folder)
+        return update.T if transposed else update
 
     def replacement(self, place: Place) -> Tensor:
         """The tensor that replaces the base's."""
-        return self._file.get_tensor(self._whole[place])
+        return self._biases[place] if place in self._biases else self._file.get_tensor(self._whole[place])
 
 
 class PipelineFile:
@@ -199,8 +201,8 @@ class PipelineFile:
         }
         self.places = tuple(self._modules)
 
-    def update(self, place: Place) -> Update:
-        """The update of one matrix."""
+    def update(self, place: Place, weight: Tensor) -> Update:
+        """The update of one matrix (d, k)."""
         return self._file.read(self._modules[place])
 
     def replacement(self, place: Place) -> Tensor:
@@ -304,11 +306,11 @@ def layer(base: Checkpoint, place: Place, adapters: Sequence[OwnAdapter]) -> Lay
 
 def fitting(adapter: OwnAdapter, place: Place, weight: Tensor) -> Update:
     """An adapter's update of a matrix (d, k), its shape checked."""
-    update = adapter.update(place)
-    if (update.B.shape[0], update.A.shape[1]) != tuple(weight.shape):
+    update = adapter.update(place, weight)
+    if misfit := update.misfit(*weight.shape):
         raise LowraError(
-            f"Adapter {adapter.name!r} changes {place.layer_name!r} by a {update.B.shape[0]} x {update.A.shape[1]} "
-            f"matrix; the base's is {weight.shape[0]} x {weight.shape[1]}."
+            f"Adapter {adapter.name!r} changes {place.layer_name!r} {misfit}; the base's is {weight.shape[0]} x "
+            f"{weight.shape[1]}."
         )
     return update
 
@@ -316,7 +318,7 @@ def fitting(adapter: OwnAdapter, place: Place, weight: Tensor) -> Update:
 def merged_matrix(weight: Tensor, update: Update, dtype: torch.dtype, order: str) -> Tensor:
     """W' (d, k) in `dtype`: the sum rounded once, or the update before it as well (see `lowra.bench.merging`)."""
     if order == "twice":
-        return update.delta(dtype).float().add_(weight).to(dtype)
+        return update.difference(weight, dtype).float().add_(weight).to(dtype)
     return update.apply(weight).to(dtype)
 
 

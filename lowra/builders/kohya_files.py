@@ -1,4 +1,4 @@
-"""LoRA files of Stable Diffusion pipelines, read and written.
+"""LoRA files of Stable Diffusion pipelines, read and written; LyCORIS' LoHa, LoKr, DoRA and OFT files read.
 
 People's files spell the same module in many ways. For the query of the first attention:
 
@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowra.bench.updates import Update, check_alpha, check_rank
+from lowra.builders.adapter_kinds import LYCORIS_PARTS, lycoris_update
 from lowra.checkpoints.reading import component_folder
 from lowra.errors import LowraError
 
@@ -110,20 +111,18 @@ _FACTOR = re.compile(
     r"\.weight$"
 )
 _ALPHA = re.compile(r"^(?P<module>.+?)([._]lora(_linear_layer)?)?\.alpha$")
+_OTHER = re.compile(rf"^(?P<module>.+?)\.(?P<part>{'|'.join(LYCORIS_PARTS)})$")
+_MAGNITUDE = re.compile(r"^(?P<module>.+?)\.lora_magnitude_vector(\.default)?(\.weight)?$")
 _ROLES = {"down": "A", "up": "B", "A": "A", "B": "B"}
 
 # Parts of keys of other methods, for a refusal that says which.
 _OTHER_METHODS = {
-    "hada_": "LoHa (LyCORIS)",
-    "lokr_": "LoKr (LyCORIS)",
     "lora_mid": "a Tucker-decomposed LoCon (LyCORIS)",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "oft_": "OFT",
     "diff": "a full weight difference (LyCORIS)",
     "norm": "a normalisation layer (LyCORIS)",
     "emb": "a textual-inversion embedding",
 }
+_METHODS = {"hada": "LoHa", "lokr": "LoKr", "oft": "OFT", "rescale": "OFT"}  # by the first part of a tensor's name
 _SDXL = re.compile(r"lora_te2_|text_encoder_2|(input|output)_blocks|middle_block|transformer_blocks[._][1-9]")
 
 
@@ -152,9 +151,11 @@ def _plain(name: str) -> str:
 class LoraFile:
     """One LoRA file, checked against the base model when opened and read module by module.
 
-    Raises LowraError on opening for a file that is not safetensors, keys of other methods (LoHa, LoKr, DoRA, ...),
-    modules that the base does not have or whose shape does not fit, half-present factors and values that are not
-    finite, alphas included. An alpha may be missing: the scale is 1 then, as in diffusers.
+    Beside LoRA, LyCORIS' LoHa, LoKr and OFT are read, and DoRA, with norms of outputs or of inputs (conventions:
+    `lowra.builders.adapter_kinds.lycoris_update`).
+    Raises LowraError on opening for a file that is not safetensors, keys of other methods, modules that the base does
+    not have or whose shape does not fit, half-present factors and values that are not finite, alphas included. An alpha
+    may be missing: the scale is 1 then, as in diffusers.
     name: of the updates, the file's own by default.
     """
 
@@ -199,39 +200,60 @@ class LoraFile:
     def read(self, module: Module) -> Update:
         """The update of one module, factors in float32."""
         keys = self._keys[module]
-        a, b = self._file.get_tensor(keys["A"]), self._file.get_tensor(keys["B"])
+        parts = {part: self._file.get_tensor(key) for part, key in keys.items() if part != "alpha"}
+        whose = f"Module {module.kohya_name!r} in {self.path.name}"
         where = f"of module {module.kohya_name!r} in {self.path.name}"
-        rank = check_rank(a.shape[0], f"The rank {where}")
-        stored: Any = None
-        kind = "lora"
+        rank = check_rank(parts["A"].shape[0], f"The rank {where}") if "A" in parts else 1
+        alpha, kind = None, "lora"
         if "alpha" in keys:
             tensor = self._file.get_tensor(keys["alpha"])
-            stored = tensor.item() if tensor.numel() == 1 else tensor.tolist()
-        else:
+            stored: Any = tensor.item() if tensor.numel() == 1 else tensor.tolist()
+            alpha = check_alpha(stored, rank, f"The alpha {where}")
+        elif "A" in parts:
             stored, kind = _configured_alpha(self._settings.get(module.component, {}), module, rank)
-        alpha = check_alpha(stored, rank, f"The alpha {where}")
-        return Update(self.name, rank, alpha, a.flatten(1).float(), b.flatten(1).float(), kind)
+            alpha = check_alpha(stored, rank, f"The alpha {where}")
+        if set(parts) == {"A", "B"}:
+            return Update(
+                self.name, rank, alpha or 0.0, parts["A"].flatten(1).float(), parts["B"].flatten(1).float(), kind
+            )
+        if kind == "rslora" and alpha is not None:
+            alpha *= math.sqrt(rank)
+        return lycoris_update(self.name, parts, alpha, whose)
 
     def _parse(self, key: str) -> tuple[str, str]:
-        """A key's role ("A", "B" or "alpha") and the name in front of it."""
+        """A key's role ("A", "B", "alpha" or one of `LYCORIS_PARTS`) and the name in front of it."""
         if match := _FACTOR.match(key):
             return _ROLES[match["kohya"] or match["peft"] or match["diffusers"]], match["module"]
         if match := _ALPHA.match(key):
             return "alpha", match["module"]
+        if match := _OTHER.match(key):
+            return match["part"], match["module"]
+        if match := _MAGNITUDE.match(key):
+            return "dora_scale", match["module"]
         methods = [method for part, method in _OTHER_METHODS.items() if part in key]
         raise LowraError(
-            f"{self.path.name} holds {key!r}, which is {methods[0] if methods else 'not a key of a LoRA'}; only plain "
-            "LoRA is read (lora_down, lora_up, alpha; diffusers' and PEFT's spellings too)."
+            f"{self.path.name} holds {key!r}, which is {methods[0] if methods else 'not a key of a LoRA'}; LoRA is "
+            "read (lora_down, lora_up, alpha; diffusers' and PEFT's spellings too), and LyCORIS' DoRA, LoHa, LoKr, OFT."
         )
 
     def _check_shapes(self, module: Module, keys: dict[str, str]) -> None:
+        kinds = sorted({_METHODS.get(part.partition("_")[0], "LoRA") for part in set(keys) - {"alpha", "dora_scale"}})
+        if len(kinds) > 1:
+            raise LowraError(f"{self.path.name} holds module {module.kohya_name!r} twice, as {' and '.join(kinds)}.")
+        if kinds not in ([], ["LoRA"]):
+            return  # `_is_trained` reads it whole
         if missing := [role for role in ("A", "B") if role not in keys]:
             raise LowraError(
                 f"{self.path.name} lacks {'lora_down (A)' if missing == ['A'] else 'lora_up (B)'} of module "
                 f"{module.kohya_name!r}; the file is incomplete."
             )
-        a, b = (tuple(self._file.get_slice(keys[role]).get_shape()) for role in ("A", "B"))
         d, k = module.shape[:2]
+        if "dora_scale" not in keys and self._settings.get(module.component, {}).get("use_dora"):
+            raise LowraError(
+                f"{self.path.name} is DoRA and lacks the magnitudes (lora_magnitude_vector) of module "
+                f"{module.kohya_name!r}; save it again with all its tensors."
+            )
+        a, b = (tuple(self._file.get_slice(keys[role]).get_shape()) for role in ("A", "B"))
         if a[:1] != b[1:2] or a[1:2] != (k,) or b[:1] != (d,) or math.prod(a[2:]) * math.prod(b[2:]) != 1:
             raise LowraError(
                 f"{self.path.name} is of another architecture: module {module.kohya_name!r} has A {a} and B {b}, but "
@@ -240,9 +262,14 @@ class LoraFile:
 
     def _is_trained(self, module: Module) -> bool:
         update = self.read(module)
-        if not all(bool(torch.isfinite(factor).all()) for factor in (update.A, update.B)):
+        if misfit := update.misfit(*module.shape[:2]):
+            raise LowraError(
+                f"{self.path.name} is of another architecture: it updates module {module.kohya_name!r} {misfit}, but "
+                f"the base model's weight is {module.shape}."
+            )
+        if not all(bool(torch.isfinite(part).all()) for part in (update.A, update.B, *update.tensors.values())):
             raise LowraError(f"{self.path.name} has NaN or infinite values in module {module.kohya_name!r}.")
-        return update.alpha != 0 and bool(update.B.any()) and bool(update.A.any())
+        return not update.idle
 
     def _adapter_settings(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """PEFT's LoraConfig per component, where the file's alphas are kept there instead of in tensors.
@@ -260,8 +287,6 @@ class LoraFile:
                     f"{self.path} is a PEFT adapter, whose alpha is in adapter_config.json; put that file beside it."
                 )
             settings = dict.fromkeys(settings, json.loads(config.read_text()))
-        if any(setting.get("use_dora") for setting in settings.values()):
-            raise LowraError(f"{self.path.name} is a DoRA adapter; only plain LoRA is read.")
         return settings
 
 
@@ -280,7 +305,7 @@ def _configured_alpha(settings: Mapping[str, Any], module: Module, rank: int) ->
 
 
 def write_kohya(path: Path, updates: Mapping[Module, Update], dtype: torch.dtype = torch.float16) -> None:
-    """Write a LoRA as kohya's scripts do: three keys per module, 1x1 convolutions four-dimensional.
+    """Write a plain LoRA as kohya's scripts do: three keys per module, 1x1 convolutions four-dimensional.
 
     dtype: of the factors; float16 is what most published files have.
     """

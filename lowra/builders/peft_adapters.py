@@ -19,18 +19,28 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowra.bench.schema import Layer
-from lowra.bench.updates import Update, check_alpha, check_rank
+from lowra.bench.updates import Update
+from lowra.builders.adapter_kinds import (
+    PARTS,
+    SHARED,
+    ia3_on_inputs,
+    key_pattern,
+    peft_type,
+    peft_update,
+    rank_and_alpha,
+)
 from lowra.checkpoints.reading import StoredState
 from lowra.errors import LowraError
 
-_FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
-
 
 class Adapter:
-    """A PEFT LoRA adapter folder, opened lazily: headers and configuration now, factors when asked for.
+    """A PEFT adapter folder, opened lazily: headers and configuration now, tensors when asked for.
 
+    Read are LoRA with its variants (rank-stabilised scales, DoRA, PiSSA and OLoRA converted or not, MiCA), VeRA,
+    (IA)^3, LoHa, LoKr and OFT, and our own folders of whole differences (`lowra.builders.kinds`).
     modules: the module paths it adapts, in memory names, sorted. name: of the updates, the folder's own by default.
-    Raises LowraError for a folder that is not a plain LoRA adapter, that adapts nothing, or whose configuration holds
+    type: PEFT's, a key of `lowra.builders.adapter_kinds.PARTS`.
+    Raises LowraError for a folder that is no adapter of these kinds, that adapts nothing, or whose configuration holds
     ranks and alphas that are none.
     """
 
@@ -48,63 +58,47 @@ class Adapter:
             self._file = safe_open(weights_path, framework="pt")
         except (SafetensorError, ValueError, OSError) as error:
             raise LowraError(f"The adapter in {folder} cannot be read ({error}); build it again.") from None
-        if self.config.get("peft_type") != "LORA" or self.config.get("use_dora") or self.config.get("fan_in_fan_out"):
-            raise LowraError(f"{folder} is not a plain LoRA adapter; LoRA without DoRA or transposed weights is read.")
-        self._keys: dict[tuple[str, str], str] = {}
+        self.type = peft_type(self.config, folder)
+        if self.config.get("fan_in_fan_out"):
+            raise LowraError(f"{folder} adapts transposed weights (fan_in_fan_out); subset=custom reads such adapters.")
+        self._keys: dict[str, dict[str, str]] = {}
+        self._shared: dict[str, str] = {}
+        pattern = key_pattern(self.type)
         for key in self._file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            if match := _FACTOR.match(key):
-                self._keys[match[1], match[2]] = key
-        self.modules = tuple(sorted({module for module, _ in self._keys}, key=natural_order))
+            if match := pattern.match(key):
+                self._keys.setdefault(match["module"], {})[match["part"]] = key
+            elif key in SHARED:
+                self._shared[key] = key
+        self.modules = tuple(sorted(self._keys, key=natural_order))
         if not self.modules:
-            raise LowraError(f"{weights_path} holds no LoRA factors; expected keys ending in lora_A.weight.")
-        self._settings = {module: self._checked(module) for module in self.modules}
+            raise LowraError(
+                f"{weights_path} holds no tensors of {self.type} modules; expected keys that end in "
+                f"{' or '.join(PARTS[self.type])}."
+            )
+        for module in self.modules:
+            rank_and_alpha(self.config, module, folder)
 
-    def update(self, module: str) -> Update:
-        """One module's update; with `use_rslora` it is of kind "rslora".
+    def update(self, module: str, weight: Tensor) -> Update:
+        """One module's update of its weight (d, k), which PiSSA and OLoRA take a part of.
 
-        Raises LowraError when a factor is missing, its rank is not the configured one, or B is zero (never trained).
+        Raises LowraError when a tensor is missing, its rank is not the configured one, or it was never trained.
         """
-        tensors = []
-        for part in "AB":
-            if (module, part) not in self._keys:
-                raise LowraError(f"The adapter in {self.folder} has no lora_{part} for module {module!r}.")
-            tensor = self._file.get_tensor(self._keys[module, part]).float()
-            # The factors of 1x1 convolutions have two trailing dimensions of length 1.
-            tensors.append(tensor.flatten(1))
-        a, b = tensors  # (r, k), (d, r)
-        rank, alpha = self._settings[module]
-        if a.shape[0] != rank or b.shape[1] != rank:
-            raise LowraError(
-                f"Module {module!r} of the adapter in {self.folder} has factors {tuple(a.shape)} and {tuple(b.shape)}; "
-                f"its configuration says rank {rank}."
-            )
-        if not b.any():
+        keys = self._keys[module] | self._shared
+        parts = {part: self._file.get_tensor(key) for part, key in keys.items()}
+        update = peft_update(self.name, self.config, module, parts, weight, self.folder)
+        if update.factors and not update.B.any():
             raise LowraError(f"Module {module!r} of the adapter in {self.folder} has B = 0: it was never trained.")
-        return Update(self.name, rank, alpha, a, b, "rslora" if self.config.get("use_rslora") else "lora")
+        if update.idle:
+            raise LowraError(f"Module {module!r} of the adapter in {self.folder} changes nothing: was it ever trained?")
+        return update
 
-    def _checked(self, module: str) -> tuple[int, float]:
-        """A module's rank and alpha as the configuration has them."""
-        where = f"of module {module!r} in {self.folder / 'adapter_config.json'}"
-        rank = check_rank(self._setting("r", "rank_pattern", module), f"The rank {where}")
-        return rank, check_alpha(self._setting("lora_alpha", "alpha_pattern", module), rank, f"The alpha {where}")
-
-    def _setting(self, default: str, pattern: str, module: str) -> Any:
-        """A module's own rank or alpha where PEFT's patterns give one, else the adapter's."""
-        patterns = self.config.get(pattern) or {}
-        if not isinstance(patterns, dict):
-            raise LowraError(
-                f"{pattern} of the adapter in {self.folder} is {patterns!r}; expected modules and numbers."
-            )
-        return patterned(patterns, module, self.config.get(default))
-
-
-def patterned(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """A module's entry among PEFT's patterns (`rank_pattern`, `alpha_pattern`), as PEFT matches them."""
-    if not patterns:
-        return default
-    from peft.utils.other import get_pattern_key  # peft takes seconds to import
-
-    return patterns.get(get_pattern_key(list(patterns), module), default)
+    @property
+    def scaled_biases(self) -> tuple[str, ...]:
+        """The modules whose bias, where they have one, changes with the weight: (IA)^3 scales outputs."""
+        if self.type != "IA3":
+            return ()
+        shapes = {module: self._file.get_slice(self._keys[module]["ia3_l"]).get_shape() for module in self.modules}
+        return tuple(module for module, shape in shapes.items() if not ia3_on_inputs(self.config, module, shape))
 
 
 def natural_order(name: str) -> tuple[tuple[int, str], ...]:
@@ -202,11 +196,11 @@ def lora_layers(base: Path, adapters: Mapping[str, Path], *, pre_ft_name: str, m
         weight = stored[names[module]].float().flatten(1)  # (d, k)
         updates = []
         for name, adapter in opened.items():
-            update = adapter.update(module)
-            if (update.B.shape[0], update.A.shape[1]) != tuple(weight.shape):
+            update = adapter.update(module, weight)
+            if misfit := update.misfit(*weight.shape):
                 raise LowraError(
-                    f"LoRA {name!r} updates {module!r} by a {update.B.shape[0]} x {update.A.shape[1]} matrix; the base "
-                    f"weight is {weight.shape[0]} x {weight.shape[1]}."
+                    f"LoRA {name!r} updates {module!r} {misfit}; the base weight is {weight.shape[0]} x "
+                    f"{weight.shape[1]}."
                 )
             updates.append(update)
         yield Layer(model, names[module], pre_ft_name, weight, tuple(updates))

@@ -254,9 +254,10 @@ def test_agrees_with_diffusers(base, modules, tmp_path):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", r"LoHa"),
-        ("lora_unet_mid_block_attentions_0_proj_in.lokr_w1", r"LoKr"),
-        ("lora_unet_mid_block_attentions_0_proj_in.dora_scale", r"DoRA"),
+        ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", r"twice, as LoHa and LoRA"),
+        ("lora_unet_mid_block_attentions_0_proj_in.lokr_w1", r"twice, as LoKr and LoRA"),
+        ("lora_unet_mid_block_attentions_0_proj_in.dora_scale", r"magnitude \(1, 1\), where DoRA has"),
+        ("lora_unet_mid_block_attentions_0_proj_in.diff", r"a full weight difference"),
         ("lora_unet_mid_block_attentions_0_proj_in.lora_mid.weight", r"Tucker"),
         ("lora_unet_mid_block_attentions_0_proj_in.something", r"not a key of a LoRA"),
         ("lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight", r"resnets_0_conv1.*not among the base model's 60"),
@@ -270,6 +271,95 @@ def test_foreign_keys_are_refused_by_name(modules, tmp_path, key, message):
     with pytest.raises(LowraError, match=message) as caught:
         LoraFile(tmp_path / "lora.safetensors", modules)
     assert key.split(".")[0] in str(caught.value)
+
+
+def lycoris_parts(kind, d, k, kernel):
+    """Random tensors of a module of one of LyCORIS' kinds; widths are multiples of 4."""
+    generator = torch.Generator().manual_seed(d + k)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    match kind:
+        case "loha":
+            return {f"hada_w{i}_{ab}": normal(*((d, 2) if ab == "a" else (2, k))) for i in (1, 2) for ab in "ab"}
+        case "lokr":
+            return {"lokr_w1": normal(4, 2), "lokr_w2": normal(d // 4, k // 2, *kernel)}
+        case "oft":
+            return {"oft_blocks": normal(d // 4, 4, 4)}
+    factors = {"lora_down.weight": normal(2, k, *kernel), "lora_up.weight": normal(d, 2, *kernel)}
+    return factors | {"dora_scale": 1 + normal(d, 1, *kernel).abs()}
+
+
+def write_lycoris(path, modules, kind, **changes):
+    stored = {}
+    for module in modules:
+        parts = lycoris_parts(kind, *module.shape[:2], module.shape[2:]) | {"alpha": torch.tensor(0.0)}
+        stored |= {f"{module.kohya_name}.{name}": tensor for name, tensor in parts.items()}
+    save_file({key: tensor for key, tensor in (stored | changes).items() if tensor is not None}, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr", "oft"])
+def test_lycoris_files_are_read_module_by_module(modules, tmp_path, kind):
+    path = write_lycoris(tmp_path / "x.safetensors", modules, kind)
+    if kind in ("dora", "loha"):  # an alpha of 0 is a scale of 0; LoKr's factors are whole, OFT's is a bound
+        assert {LoraFile(path, modules).read(module).scale for module in modules} <= {0.0, 1.0}
+        path = write_lycoris(
+            path, modules, kind, **{f"{module.kohya_name}.alpha": torch.tensor(3.0) for module in modules}
+        )
+    file = LoraFile(path, modules)
+    assert file.modules == tuple(modules)
+    assert file.untrained == ()
+    for module in modules:
+        update = file.read(module)
+        d, k = module.shape[:2]
+        assert (update.kind, update.name, update.misfit(d, k)) == (kind, "x", None)
+        parts = lycoris_parts(kind, d, k, module.shape[2:])
+        if kind == "dora":
+            assert update.scale == 1.5
+            assert torch.equal(update.tensors["magnitude"], parts["dora_scale"].reshape(d, 1))
+        if kind == "lokr":
+            assert torch.equal(update.delta(), torch.kron(parts["lokr_w1"], parts["lokr_w2"].flatten(1)))
+        if kind == "loha":
+            product = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+            torch.testing.assert_close(update.delta(), 1.5 * product)
+        if kind == "oft":
+            weight = torch.eye(d, k)
+            gram = update.apply(weight).mT @ update.apply(weight)
+            torch.testing.assert_close(gram, weight.mT @ weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "tensor", "message"),
+    [
+        ("lokr", "lokr_w1", torch.ones(3, 2), r"another architecture: it updates module '.*' with w1 \(3, 2\), w2"),
+        ("lokr", "lokr_w2", None, r"Module '.*' in x.safetensors lacks lokr_w2_a, lokr_w2_b"),
+        ("loha", "hada_w1_a", torch.full((16, 2), torch.nan), "NaN or infinite values"),
+        ("dora", "lora_up.weight", None, r"lacks lora_up \(B\)"),
+        ("oft", "oft_blocks", torch.ones(2, 2, 2, 2), "BOFT"),
+    ],
+)
+def test_lycoris_files_that_do_not_fit(modules, tmp_path, kind, part, tensor, message):
+    module = next(module for module in modules if module.shape[:2] == (16, 16))
+    path = write_lycoris(tmp_path / "x.safetensors", modules, kind, **{f"{module.kohya_name}.{part}": tensor})
+    with pytest.raises(LowraError, match=message):
+        LoraFile(path, modules)
+
+
+def test_dora_of_peft_needs_its_magnitudes(modules, tmp_path):
+    unet = [module for module in modules if module.component == "unet"]
+    stored = peft_keys(make_factors(unet, alpha=lambda module: 6), prefix=False)
+    path = tmp_path / "adapter_model.safetensors"
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "r": RANK, "use_dora": True}))
+    save_file(stored, path)
+    with pytest.raises(LowraError, match="is DoRA and lacks the magnitudes"):
+        LoraFile(path, unet)
+    norms = {f"base_model.model.{m.path}.lora_magnitude_vector": torch.full((m.shape[0],), 2.0) for m in unet}
+    save_file(stored | norms, path)
+    update = LoraFile(path, unet).read(unet[0])
+    assert (update.kind, update.scale) == ("dora", 2.0)
+    torch.testing.assert_close(update.apply(torch.ones(16, 16)).norm(dim=1), torch.full((16,), 2.0))
 
 
 def test_other_shapes_half_modules_and_duplicates_are_refused(modules, tmp_path):

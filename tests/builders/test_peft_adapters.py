@@ -149,7 +149,7 @@ def test_missing_factor_wrong_rank_and_wrong_base_are_named(family, tmp_path):
     first = next(name for name in tensors if "q_proj.lora_A" in name)
 
     save_file({name: tensor for name, tensor in tensors.items() if name != first}, path)
-    with pytest.raises(LowraError, match=r"has no lora_A for module .*q_proj'"):
+    with pytest.raises(LowraError, match=r"Module .*q_proj' of the adapter .* has no lora_A"):
         list(lora_layers(base, {"a": folder}, pre_ft_name="tiny"))
     save_file({**tensors, first: tensors[first][:3].contiguous()}, path)
     with pytest.raises(LowraError, match="configuration says rank 4"):
@@ -162,14 +162,16 @@ def test_missing_factor_wrong_rank_and_wrong_base_are_named(family, tmp_path):
 def test_folders_that_are_no_adapter(tmp_path):
     with pytest.raises(LowraError, match=r"lacks adapter_config\.json"):
         Adapter(tmp_path)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "BOFT"}')
     with pytest.raises(LowraError, match=r"lacks adapter_model.safetensors"):
         Adapter(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(LowraError, match="not a plain LoRA adapter"):
+    with pytest.raises(LowraError, match="Unknown PEFT type 'BOFT'; known: FULL, IA3"):
         Adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(LowraError, match="holds no LoRA factors"):
+    with pytest.raises(
+        LowraError, match="holds no tensors of LORA modules; expected keys that end in lora_A or lora_B"
+    ):
         Adapter(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(LowraError, match="cannot be read"):
