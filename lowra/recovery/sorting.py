@@ -11,8 +11,10 @@ from torch import Tensor
 
 from lowra.checkpoints.matching import EMBEDDING, Match
 from lowra.checkpoints.reading import Checkpoint
+from lowra.methods.subspace_intersection.kronecker import block_shape
 from lowra.methods.subspace_intersection.noise import joined, rounding_noise, stored_as
 from lowra.methods.subspace_intersection.ranges import OVERSAMPLING, Difference, row_space
+from lowra.methods.subspace_intersection.scales import row_ratio
 from lowra.recovery.tensors import Sources, check_finite, sources, strips_agree, view_of
 
 # Tensors by which two models are compared, and the side of the block of each that is looked at.
@@ -97,12 +99,20 @@ def block(tensor: Sources, match: Match, at: int) -> Tensor:
 
 
 def full_rank(first: Tensor, second: Tensor, storage: torch.dtype) -> bool:
-    """Whether two matrices (d, k) differ by a full rank, as far as the rounding of their format lets it be told."""
+    """Whether two matrices (d, k) differ by a full rank, as far as the rounding of their format lets it be told.
+
+    A low rank up to scales of rows or columns (DoRA, (IA)^3), or of the matrices cut into blocks (LoKr), is none.
+    """
     storage = stored_as(torch.stack([first, second]), storage)
     noise = joined(rounding_noise(first, storage), rounding_noise(second, storage))
     guess = OVERSAMPLING + min(first.shape) // 32
     generator = torch.Generator().manual_seed(0)
-    return row_space(Difference(first, second, torch.float64), noise, guess, generator).full
+    if not row_space(Difference(first, second, torch.float64), noise, guess, generator).full:
+        return False
+    if block_shape(first, second, noise) is not None:
+        return False
+    pairs = ((second, first), (second.mT, first.mT))
+    return all(row_ratio(one, other, noise, generator) is None for one, other in pairs)
 
 
 def sort_models(

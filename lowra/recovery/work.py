@@ -32,6 +32,7 @@ CERTAINTY = (
     "certified",
     "shared",
     "weak",
+    "up_to_scale",
     "inconsistent",
     "low_signal",
     "uncertified",

@@ -635,7 +635,7 @@ def test_every_path_has_statistics_of_one_type() -> None:
     rising = Layer((64, 64), [4] * 3)
     bfloat = Layer((48, 48), [4] * 3, rms=5e-5, merge_dtype=torch.bfloat16)
     two, shared = Layer((64, 64), [4] * 2), Layer((64, 64), [4] * 3, shared_rows=dict.fromkeys(range(3), 4))
-    texts, keys = ("ranks", "grid", "certificate", "outlier", "start"), list(recover(rising).stats)
+    texts, keys = ("ranks", "grid", "certificate", "outlier", "start", "scales", "blocks"), list(recover(rising).stats)
     for layer in (rising, bfloat, two, shared, Layer((24, 24), [24] * 3)):
         stats = recover(layer).stats
         assert list(stats) == keys

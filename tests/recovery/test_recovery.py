@@ -195,10 +195,13 @@ def test_changes_of_full_rank_are_named_for_what_they_look_like(tmp_path: Path) 
         state["model.lokr.weight"] = torch.eye(96) * 0.05 + kron
         models.append(save(tmp_path / f"m{i}", state))
     records = {record["name"]: record for record in recover_checkpoints(models, tmp_path / "out").records}
-    for kind, word in {"ia3": "(IA)^3", "dora": "DoRA", "oft": "OFT"}.items():
-        assert word in records[names[kind]]["status"], kind
-        assert records[names[kind]]["decision"] == "mean"
+    for kind in ("ia3", "dora"):
+        assert "DoRA" in records[names[kind]]["status"]
+        assert (records[names[kind]]["decision"], records[names[kind]]["certainty"]) == ("recovered", "up_to_scale")
+    assert "OFT" in records[names["oft"]]["status"]
+    assert records[names["oft"]]["decision"] == records[names["full"]]["decision"] == "mean"
     assert "LoKr" in records["model.lokr.weight"]["status"]
+    assert records["model.lokr.weight"]["certainty"] == "certified"
     assert "looks" not in records[names["full"]]["status"]
     assert "differ by a full rank" in records[names["full"]]["status"]
     assert records["model.layers.0.self_attn.k_proj.weight"]["certainty"] == "certified"

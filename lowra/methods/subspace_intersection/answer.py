@@ -29,6 +29,13 @@ class Estimate:
         """Some rows, (rows, k) float64."""
         return replace(self, models=self.models[:, picked], left=self.left[picked]).dense(torch.float64)
 
+    def row_sizes(self) -> Tensor:
+        """Norms of the rows, (d,) float64."""
+        d, k = self.models.shape[1:]
+        rows = torch.arange(d, device=self.models.device)
+        blocks = row_blocks(d, k, torch.float64)
+        return torch.cat([self.rows(rows[block]).norm(dim=1) for block in blocks])
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """All of it (d, k): float64, or rounded to a grid and held in float32."""
         d, k = self.models.shape[1:]
@@ -59,7 +66,9 @@ class Answer:
 
     status: the certificate's sentence. ranks: of the updates, for the models used, in their order.
     predicted, lambda_min, discrepancy, edge: see `certify.Evidence`. outliers: models left out, counted from 0.
-    grid: name of the one that W was rounded to.
+    grid: name of the one that W was rounded to. scaled: "rows" or "columns" where the models differ by scales of
+    theirs, "" elsewhere; settled: the share of them whose scale is known. sure: (d, k), see `Recovery`. blocks: how
+    many, down and across, where the updates are Kronecker products.
     """
 
     estimate: Estimate
@@ -72,3 +81,7 @@ class Answer:
     edge: float = math.inf
     outliers: tuple[int, ...] = ()
     grid: str = "none"
+    scaled: str = ""
+    settled: float | None = None
+    sure: Tensor | None = None
+    blocks: tuple[int, int] | None = None

@@ -1,4 +1,4 @@
-"""What the method says of its answer: eight certificates, each with its code and its sentence."""
+"""What the method says of its answer: nine certificates, each with its code and its sentence."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ class Certificate(StrEnum):
         "The rest of the layer is identified.",
     )
     LOW_SIGNAL = "low_signal", "Low signal: {found}."
+    UP_TO_SCALE = "up_to_scale", "{sentence}"
     UNCERTIFIED = "uncertified", "{sentence}"
 
     def sentence(self, **facts: object) -> str:

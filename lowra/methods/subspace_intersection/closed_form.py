@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from lowra.methods.subspace_intersection.answer import Answer
 from lowra.methods.subspace_intersection.certificates import Certificate, verdict
 from lowra.methods.subspace_intersection.certify import WELL_CONDITIONED, Evidence, certify
 from lowra.methods.subspace_intersection.grid import detected
+from lowra.methods.subspace_intersection.kronecker import rearranged
 from lowra.methods.subspace_intersection.low_signal import spectral
 from lowra.methods.subspace_intersection.noise import joined
 from lowra.methods.subspace_intersection.problem import Problem, first_parts, with_excess_noise
@@ -36,6 +38,7 @@ from lowra.methods.subspace_intersection.solve import (
     two_models,
     without_shared,
 )
+from lowra.methods.subspace_intersection.unscaled import unscaled
 
 # A core wider than this is not solved whole: three models first, then one step over all (see `all_models`).
 WIDE = 256
@@ -44,11 +47,26 @@ WIDE = 256
 LEAD_CONDITION = 0.05
 LEADS = 3
 
+# Three plain updates that fill more than this share of a layer by twos leave no room for the closed form.
+LARGE_RANK = 0.5
 
-def closed_form(problem: Problem) -> Answer:
-    """Recover from all models that share a base, naming those that do not."""
+
+def closed_form(problem: Problem, *, plain: bool = False) -> Answer:
+    """Recover from all models that share a base, naming those that do not.
+
+    plain: whether the merges are known to be W + M_i. Otherwise Kronecker updates, and rows or columns that were
+    rescaled, are thought of where models differ by a full rank.
+    """
     n = len(problem.labels)
-    parts = first_parts(problem, min(n, 3) - 1)
+    # Other kinds are tried as soon as the rank looks large; without any, a low one is looked for to the end.
+    parts = first_parts(problem, min(n, 3) - 1, doublings=1)
+    if not plain and (parts[-1].full or parts[-1].rank > LARGE_RANK * min(problem.merged.shape[1:])):
+        answer = other_kinds(problem, len(parts))
+        if answer is not None:
+            return answer
+        plain = True
+    if parts[-1].full:
+        parts = first_parts(problem, min(n, 3) - 1)
     if not any(part.full for part in parts) and n > 4 and n * max(part.rank for part in parts) > 2 * WIDE:
         # Wide cores: each difference holds two updates.
         answer = well_conditioned_three(problem, parts)
@@ -57,10 +75,21 @@ def closed_form(problem: Problem) -> Answer:
     if not any(part.full for part in parts):
         parts = first_parts(problem, n - 1, parts)
     if any(part.full for part in parts):
-        return without_outliers(problem)
+        odd = next(i for i, part in enumerate(parts, 1) if part.full)
+        answer = None if plain else other_kinds(problem, odd)
+        return answer if answer is not None else without_outliers(problem)
     if n == 2:
         return from_two(problem, parts[0])
     return from_three(problem, parts)
+
+
+def other_kinds(problem: Problem, odd: int) -> Answer | None:
+    """The answer where the updates are of low rank once the merges are rearranged or rescaled.
+
+    odd: a model that differs from the first by a large rank.
+    """
+    solve = partial(closed_form, plain=True)
+    return rearranged(problem, odd, solve) or unscaled(problem, solve)
 
 
 def without_outliers(problem: Problem) -> Answer:

@@ -90,6 +90,8 @@ class SubspaceIntersection:
         also `predicted_exact` (expected share of exact weights), `sure_share`, `chi` (misfit of the worst model, 1
         where its cells explain it), `held_out_deviation` (nats by which held-out numbers are predicted worse than
         expected) and `start`; None or "" elsewhere.
+        Of merges with scales: `scales` ("rows" or "columns") and `scales_settled`, the share of them that is known.
+        Of Kronecker updates: `blocks`, how many down and across.
         Raises LowraError for a stack no method can work on, or one of identical models.
         """
         check_observation(observation)
@@ -130,14 +132,20 @@ class SubspaceIntersection:
             "chi": half.misfit if half else None,
             "held_out_deviation": half.deviation if half else None,
             "start": half.start if half else "",
+            "scales": answer.scaled,
+            "scales_settled": answer.settled,
+            "blocks": "x".join(map(str, answer.blocks or ())),
         }
-        return Recovery(weight.unsqueeze(0), answer.status, stats, sure=half.chance >= SURE if half else None)
+        sure = half.chance >= SURE if half else answer.sure
+        return Recovery(weight.unsqueeze(0), answer.status, stats, sure=sure)
 
     def _solve_cells(
         self, problem: Problem, stack: Tensor, stored: tuple[torch.dtype, ...]
     ) -> tuple[Tensor, Answer, HalfAnswer | None]:
         """Half-precision merges, cell by cell: W (d, k), the answer, and None for the last where the base is finer."""
         answer = closed_form(problem)  # a good start even where `low_signal` would not trust it
+        if answer.scaled or answer.blocks:
+            return answer.estimate.dense(torch.float64), answer, None  # the cells know plain updates only
         used = [label for label in problem.labels if label not in answer.outliers]
         estimate = answer.estimate.dense(torch.float64).mul_(problem.unit).float()
         solver = Recoverer(
@@ -175,6 +183,7 @@ class SubspaceIntersection:
         wanted = self.refine == "weighted" or (self.refine == "auto" and (half or d * k <= REFINE_ENTRIES))
         # A coarse grid settles the weights of float32 merges; nothing is left to refine.
         refine = wanted and any(ranks) and not (grid.coarse and not half)
+        refine = refine and not answer.scaled and answer.blocks is None
         if refine:
             used = problem.subset([i for i, label in enumerate(problem.labels) if label not in answer.outliers])
             weight = refined(used, estimate.dense(torch.float64), ranks)

@@ -113,14 +113,22 @@ def largest_difference(stack: Tensor) -> float:
     return max(float((model[rows].double() - first).square().mean()) for model in stack[1:])
 
 
-def first_parts(problem: Problem, count: int, known: Sequence[RowSpace] = ()) -> list[RowSpace]:
-    """Row spaces of W'_i - W'_0 for the first `count` models after model 0, beyond those known."""
+def first_parts(
+    problem: Problem, count: int, known: Sequence[RowSpace] = (), doublings: int | None = None
+) -> list[RowSpace]:
+    """Row spaces of W'_i - W'_0 for the first `count` models after model 0, beyond those known.
+
+    doublings: how long a low rank is looked for (see `row_space`); no further one is, once it was in vain.
+    """
     parts = list(known)
     guess = problem.guess
     for i in range(len(parts) + 1, count + 1):
         guess = max([guess, *(part.rank + OVERSAMPLING // 2 for part in parts)])
         difference = Difference(problem.merged[i], problem.merged[0], problem.dtype)
-        parts.append(row_space(difference, joined(problem.noise[0], problem.noise[i]), guess, problem.generator))
+        noise = joined(problem.noise[0], problem.noise[i])
+        parts.append(row_space(difference, noise, guess, problem.generator, doublings))
+        if doublings is not None and parts[-1].full:
+            break
     return parts
 
 

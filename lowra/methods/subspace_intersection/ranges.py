@@ -49,7 +49,8 @@ class Difference:
 
     def rows(self, picked: slice | Tensor) -> Tensor:
         """Some rows of the difference, (rows, k)."""
-        return self.first[picked].to(self.dtype) - self.second[picked].to(self.dtype)
+        first = self.first[picked]
+        return subtract(first, self.second[picked], first.new_empty(first.shape, dtype=self.dtype))
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """All rows, a block at a time; the next block overwrites the one before."""
@@ -77,10 +78,8 @@ class Difference:
 
 
 def subtract(first: Tensor, second: Tensor, out: Tensor) -> Tensor:
-    """First - second in the precision of `out`, and into it."""
-    if first.dtype == second.dtype == out.dtype:
-        return torch.sub(first, second, out=out)
-    return out.copy_(first).sub_(second)
+    """First - second in the finest of the three precisions, and into `out`."""
+    return out.copy_(first).sub_(second) if out.dtype == torch.float64 else torch.sub(first, second, out=out)
 
 
 def row_blocks(rows: int, columns: int, dtype: torch.dtype) -> list[slice]:
@@ -115,26 +114,31 @@ class RowSpace:
         return replace(self, values=self.values[:rank], right=self.right[:, :rank], cutoff=cutoff)
 
 
-def row_space(difference: Difference, noise: Noise, guess: int, generator: torch.Generator) -> RowSpace:
+def row_space(
+    difference: Difference, noise: Noise, guess: int, generator: torch.Generator, doublings: int | None = None
+) -> RowSpace:
     """All row directions of a difference above its noise, whatever their number.
 
     A randomized range finder and one projection on the range found (Halko et al. 2011, sections 4.1 and 5.1). Who works
     on with D times these rows takes the half power step that makes the extra columns uncritical. `guess` columns to
     begin with, twice as many whenever the last one is still above the noise. Instead of growing to half the layer the
     sketch is replaced by the dense SVD where the layer is small; a large one that needs more is called full, unless the
-    guess was as large.
+    guess was as large. doublings: after so many of them the matrix is called full for now.
     """
     d, k = difference.shape
     half = min(d, k) // 2
     columns, crowded = min(guess, 2 * half), True
     limit = half if min(d, k) <= DENSE else max(half, columns + 1)
+    hasty = doublings is not None and columns * 2**doublings < limit
+    if doublings is not None and hasty:
+        limit = columns * 2**doublings + 1
     while crowded and columns < limit:
         # D^T Q with Q from D itself leans to the larger singular values of the noise: d + k in the mean square, not k.
         cutoff = MARGINS[0] * noise.norm(d + k, columns)
         right, values, _ = thin_svd(projected(difference, columns, generator), cutoff)
         crowded = values.numel() == columns
         columns *= 2
-    if crowded and min(d, k) <= DENSE:
+    if crowded and min(d, k) <= DENSE and not hasty:
         cutoff = MARGINS[0] * noise.norm(d, k)
         right, values, _ = thin_svd(difference.rows(slice(None)).double().mT, cutoff)
         crowded = False

@@ -1,0 +1,102 @@
+"""Kronecker updates, W'_i = W + w1_i (x) w2_i, as LoKr's: of full rank as they stand, of rank one once rearranged.
+
+With the layer cut into p x p' blocks of q x q' numbers, each block made a row, w1 (x) w2 becomes vec(w1) vec(w2)^T (Van
+Loan and Pitsianis 1993). The merges rearranged so are merges of updates of rank one, and the closed form applies. The
+shape of the blocks is not known: it is the one that leaves the differences of the merges the smallest rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lowra.methods.subspace_intersection.answer import Answer, Estimate
+from lowra.methods.subspace_intersection.noise import Noise, joined
+from lowra.methods.subspace_intersection.problem import Problem
+from lowra.methods.subspace_intersection.ranges import MARGINS, OVERSAMPLING
+
+# Rows and columns of the rearranged difference on which its rank is looked at, for every shape. A shape is believed
+# where at least two thirds of these directions are noise.
+LOOK = 16
+
+# Seed of the places looked at: a shape that shows is found, whatever the draw.
+PLACES = 0
+
+
+def rearranged(problem: Problem, odd: int, solve: Callable[[Problem], Answer]) -> Answer | None:
+    """The answer where the updates are Kronecker products; None where no shape of blocks makes them of low rank.
+
+    odd: a model that differs from the first by a large rank. solve: the closed form for plain merges.
+    """
+    shape = block_shape(problem.merged[0], problem.merged[odd], joined(problem.noise[0], problem.noise[odd]))
+    if shape is None:
+        return None
+    d, k = problem.merged.shape[1:]
+    answer = solve(replace(problem, merged=by_blocks(problem.merged, *shape), guess=OVERSAMPLING, hint=None))
+    if not answer.ranks:
+        return None
+    dense = answer.estimate.dense(torch.float64)
+    weight = from_blocks(dense, *shape, d, k)
+    empty = dense.new_zeros(0)
+    estimate = Estimate(weight.unsqueeze(0), [1.0], empty.new_zeros(d, 0), empty.new_zeros(k, 0))
+    p, q = shape
+    status = (
+        f"The updates are Kronecker products (as LoKr's), of {p} x {q} blocks of {d // p} x {k // q} numbers; ranks "
+        f"are numbers of products. {answer.status}"
+    )
+    return replace(answer, estimate=estimate, status=status, blocks=shape)
+
+
+def by_blocks(matrix: Tensor, p: int, q: int) -> Tensor:
+    """(..., d, k) cut into p x q blocks, each made a row: (..., p q, d k / (p q))."""
+    *front, d, k = matrix.shape
+    cut = matrix.reshape(*front, p, d // p, q, k // q).transpose(-3, -2)  # (..., p, q, d / p, k / q)
+    return cut.reshape(*front, p * q, (d // p) * (k // q))
+
+
+def from_blocks(matrix: Tensor, p: int, q: int, d: int, k: int) -> Tensor:
+    """What `by_blocks` made, put back: (..., d, k)."""
+    front = matrix.shape[:-2]
+    return matrix.reshape(*front, p, q, d // p, k // q).transpose(-3, -2).reshape(*front, d, k)
+
+
+def block_shape(first: Tensor, second: Tensor, noise: Noise) -> tuple[int, int] | None:
+    """How many blocks, down and across, make the difference of two merges (d, k) of low rank; None where none do.
+
+    noise: of the difference, which is not of low rank as it stands. A submatrix of each arrangement tells: every pair
+    of divisors is tried, at the cost of a small SVD.
+    """
+    d, k = first.shape
+    shapes = [(p, q) for p in divisors(d) for q in divisors(k) if p * q >= LOOK and (d // p) * (k // q) >= LOOK]
+    shapes = [shape for shape in shapes if shape not in ((d, 1), (1, k))]  # the layer as it stands
+    if not shapes:
+        return None
+    generator = torch.Generator().manual_seed(PLACES)
+    draw = torch.rand(2, LOOK, generator=generator, dtype=torch.float64)
+    places = []
+    for p, q in shapes:
+        high, wide = d // p, k // q  # of a block
+        blocks = distinct(draw[0], p * q)
+        inside = distinct(draw[1], high * wide)
+        rows = (blocks // q * high)[:, None] + inside // wide
+        columns = (blocks % q * wide)[:, None] + inside % wide
+        places.append(rows * k + columns)  # (LOOK, LOOK)
+    flat = torch.stack(places).flatten().to(first.device)
+    looks = (second.flatten()[flat].double() - first.flatten()[flat].double()).view(len(shapes), LOOK, LOOK)
+    cutoff = MARGINS[0] * noise.norm(LOOK, LOOK)
+    ranks = (torch.linalg.svdvals(looks) > cutoff).sum(1).tolist()
+    best = min(range(len(shapes)), key=lambda i: ranks[i])
+    return shapes[best] if 0 < ranks[best] <= LOOK // 3 else None
+
+
+def distinct(draw: Tensor, count: int) -> Tensor:
+    """As many different whole numbers below `count` as there are draws from [0, 1)."""
+    return (((torch.arange(len(draw)) + draw) * count) / len(draw)).long()
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, in order."""
+    return [i for i in range(1, number + 1) if number % i == 0]

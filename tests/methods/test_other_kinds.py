@@ -1,0 +1,233 @@
+"""Merges that are no W + B A: rows or columns rescaled (DoRA, (IA)^3), Kronecker updates (LoKr)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowra.methods.base import Observation, Recovery
+from lowra.methods.subspace_intersection import SubspaceIntersection
+from lowra.methods.subspace_intersection.kronecker import by_blocks, from_blocks
+from lowra.methods.subspace_intersection.noise import joined, rounding_noise
+from lowra.methods.subspace_intersection.scales import row_ratio
+from lowra.metrics.weight_error import weight_error
+
+BASE_STD = 0.03
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def draw(generator: torch.Generator, *size: int) -> Tensor:
+    return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+
+def low_rank(generator: torch.Generator, shape: tuple[int, int], rank: int, size: float) -> Tensor:
+    """An update (d, k) whose singular values fall to a hundredth, of a root mean square `size` times the base's."""
+    d, k = shape
+    update = draw(generator, d, rank) * torch.logspace(0, -2, rank, dtype=torch.float64) @ draw(generator, rank, k)
+    return update * (size * BASE_STD / update.square().mean().sqrt())
+
+
+class Dora:
+    """Planted merges diag(m_i / |W + M_i|) (W + M_i), the formula of Liu et al. (2024); plain ones where `plain`."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int] = (160, 192),
+        ranks: Sequence[int] = (6, 6, 6),
+        *,
+        size: float = 0.05,
+        moved: float = 0.01,
+        grid: str = "bf16",
+        plain: Sequence[int] = (),
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.base = (BASE_STD * draw(generator, *shape)).to(FORMATS[grid]).double()
+        merged, scales = [], []
+        for i, rank in enumerate(ranks):
+            whole = self.base + low_rank(generator, shape, rank, size)
+            magnitude = self.base.norm(dim=1) * (1 + moved * draw(generator, shape[0]))
+            scale = torch.ones_like(magnitude) if i in plain else magnitude / whole.norm(dim=1)
+            merged.append((scale[:, None] * whole).float())
+            scales.append(scale)
+        self.merged, self.scales = torch.stack(merged), torch.stack(scales)
+
+    def exact(self, recovery: Recovery) -> float:
+        return float((recovery.candidates[0] == self.base).double().mean())
+
+    def error(self, recovery: Recovery) -> float:
+        return weight_error(recovery.candidates[0], self.base)
+
+
+def recover(merged: Tensor, rank: int | None = None) -> Recovery:
+    return SubspaceIntersection().recover(Observation(merged, rank))
+
+
+@pytest.mark.parametrize("moved", [1e-3, 0.01, 0.05])
+@pytest.mark.parametrize("size", [0.05, 0.3, 1.0])
+def test_three_dora_models_give_a_half_precision_base_away(size: float, moved: float) -> None:
+    planted = Dora(size=size, moved=moved)
+    recovery = recover(planted.merged)
+    assert recovery.stats["certificate"] == "certified"
+    assert (recovery.stats["scales"], recovery.stats["scales_settled"]) == ("rows", 1.0)
+    assert recovery.stats["ranks"] == "6,6,6"
+    # A few numbers next to zero have steps below the rounding of the merges; the mask knows them.
+    assert planted.exact(recovery) > 0.9999
+    assert recovery.sure is not None
+    assert recovery.sure.double().mean() > 0.99
+    assert bool((recovery.candidates[0] == planted.base)[recovery.sure].all())
+
+
+def test_float16_bases_are_a_grid_too() -> None:
+    planted = Dora(grid="fp16")
+    recovery = recover(planted.merged)
+    assert (recovery.stats["certificate"], recovery.stats["grid"]) == ("certified", "fp16")
+    assert planted.exact(recovery) > 0.999  # its steps are finer, and those near zero finest
+
+
+def test_mixed_and_granted_ranks() -> None:
+    planted = Dora(ranks=(3, 8, 5, 6), size=0.3)
+    assert recover(planted.merged).stats["ranks"] == "3,8,5,6"
+    assert planted.exact(recover(planted.merged)) > 0.9999
+    granted = Dora()
+    assert recover(granted.merged, 6).stats["certificate"] == "certified"
+
+
+def test_without_a_grid_the_base_is_known_up_to_a_scale_per_row() -> None:
+    planted = Dora(grid="fp32", moved=0.01)
+    recovery = recover(planted.merged)
+    assert recovery.stats["certificate"] == "up_to_scale"
+    assert recovery.stats["scales_settled"] == 0.0
+    assert "up to which W is known" in recovery.status
+    estimate = recovery.candidates[0].double()
+    factor = (estimate * planted.base).sum(1) / estimate.square().sum(1)
+    # Norms moved by a hundredth each, three models: the factors are wrong by 0.01 / sqrt(3).
+    assert float((factor - 1).square().mean().sqrt()) == pytest.approx(0.01 / math.sqrt(3), rel=0.3)
+    # Beside the factors nothing is left but the rounding of float32, 3e-19 in the mean square: of the merges averaged
+    # over three, more of it where updates are, and once more of what is returned.
+    assert weight_error(factor[:, None] * estimate, planted.base) < -18.0
+
+
+def test_two_plain_models_settle_the_scale() -> None:
+    planted = Dora(ranks=(6, 6, 6, 6), grid="fp32", size=0.3, plain=(1, 3))
+    recovery = recover(planted.merged)
+    assert recovery.stats["certificate"] == "certified"
+    assert planted.error(recovery) < -18.5
+
+
+@pytest.mark.parametrize("size", [0.05, 0.3, 1.0])
+def test_one_plain_model_is_recognised(size: float) -> None:
+    """Nothing proves it, and nothing is certified; the estimate is at the rounding of float32 all the same."""
+    planted = Dora(grid="fp32", size=size, plain=(1,))
+    recovery = recover(planted.merged)
+    assert recovery.stats["certificate"] == "up_to_scale"
+    assert "which nothing proves" in recovery.status
+    assert planted.error(recovery) < -18.0
+
+
+def test_columns() -> None:
+    planted = Dora((192, 160))
+    recovery = recover(planted.merged.mT.contiguous())
+    assert (recovery.stats["certificate"], recovery.stats["scales"]) == ("certified", "columns")
+    assert bool((recovery.candidates[0].mT == planted.base)[recovery.sure.mT].all())  # type: ignore[union-attr]
+
+
+def test_scales_without_updates() -> None:
+    """(IA)^3: W'_i = diag(c_i) W."""
+    planted = Dora()
+    generator = torch.Generator().manual_seed(1)
+    merged = torch.stack([planted.base * (1 + 0.1 * draw(generator, 160, 1)) for _ in range(3)]).float()
+    recovery = recover(merged)
+    assert recovery.stats["scales_settled"] == 1.0
+    assert planted.exact(recovery) > 0.9999
+
+
+def test_strangers_are_told_from_scaled_siblings() -> None:
+    planted, other = Dora(ranks=(6,) * 4), Dora(seed=5)
+    merged = torch.cat([planted.merged[:2], other.merged[:1], planted.merged[2:]])
+    recovery = recover(merged)
+    assert recovery.stats["outlier"] == "2"
+    assert "another base" in recovery.status
+    assert planted.exact(recovery) > 0.9999
+
+
+def test_plain_merges_pay_no_attention_to_scales() -> None:
+    planted = Dora(plain=(0, 1, 2))
+    recovery = recover(planted.merged)
+    assert (recovery.stats["certificate"], recovery.stats["scales"]) == ("certified", "")
+    assert recovery.stats["scales_settled"] is None
+
+
+@pytest.mark.parametrize("made", ["unrelated", "full fine-tune", "permuted"])
+def test_what_no_scale_explains(made: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    base = BASE_STD * draw(generator, 96, 128)
+    changes: dict[str, Callable[[], Tensor]] = {
+        "unrelated": lambda: BASE_STD * draw(generator, 96, 128),
+        "full fine-tune": lambda: base + 0.01 * BASE_STD * draw(generator, 96, 128),
+        "permuted": lambda: base[torch.randperm(96, generator=generator)],
+    }
+    recovery = recover(torch.stack([changes[made]().float() for _ in range(3)]))
+    assert recovery.stats["certificate"] == "not_identifiable"
+    assert recovery.stats["scales"] == recovery.stats["blocks"] == ""
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((96, 64), 3), ((160, 192), 10), ((64, 96), 3)])
+def test_ratios_are_found_to_the_rounding(shape: tuple[int, int], rank: int) -> None:
+    for seed in range(5):
+        planted = Dora(shape, (rank, rank), size=0.3, moved=0.05, seed=seed)
+        first, second = planted.merged
+        noise = joined(*(rounding_noise(one, torch.float32) for one in (first, second)))
+        ratio = row_ratio(second, first, noise, torch.Generator().manual_seed(0))
+        assert ratio is not None
+        error = (ratio / (planted.scales[1] / planted.scales[0]) - 1).abs()
+        # The rounding of a row is 2^-25 of its numbers, and averaged over sqrt(k) of them; the worst of a hundred rows.
+        assert float(error.max()) < 12 * 2**-25 / math.sqrt(shape[1] - 2 * rank)
+
+
+# ---- Kronecker updates ------------------------------------------------------------------------------------------
+
+
+def lokr(shape: tuple[int, int], blocks: tuple[int, int], rank: int, grid: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A base (d, k) and three merges with w1 (x) w2, w2 of a rank: full rank as they stand where it is large."""
+    generator = torch.Generator().manual_seed(seed)
+    (d, k), (p, q) = shape, blocks
+    base = (BASE_STD * draw(generator, d, k)).to(FORMATS[grid]).double()
+    merged = []
+    for _ in range(3):
+        inner = draw(generator, d // p, rank) @ draw(generator, rank, k // q)
+        update = torch.kron(draw(generator, p, q), inner)
+        merged.append(base + update * (0.05 * BASE_STD / update.square().mean().sqrt()))
+    return base, torch.stack(merged).float()
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "rank"), [((128, 128), (8, 8), 16), ((96, 192), (4, 16), 12), ((160, 96), (16, 4), 10)]
+)
+def test_kronecker_updates_at_the_floor(shape: tuple[int, int], blocks: tuple[int, int], rank: int) -> None:
+    base, merged = lokr(shape, blocks, rank, "fp32")
+    recovery = recover(merged, 8)  # the rank granted is not one of the rearranged updates
+    assert (recovery.stats["certificate"], recovery.stats["blocks"]) == ("certified", f"{blocks[0]}x{blocks[1]}")
+    assert recovery.stats["ranks"] == "1,1,1"
+    # Rounding of float32 at 0.03, mean square 5e-19, over three models, and little more where updates share rows.
+    assert weight_error(recovery.candidates[0], base) < -18.5
+
+
+def test_kronecker_updates_of_a_half_precision_base() -> None:
+    base, merged = lokr((128, 128), (8, 8), 16, "bf16")
+    recovery = recover(merged)
+    assert recovery.stats["certificate"] == "certified"
+    assert float((recovery.candidates[0] == base).double().mean()) > 0.9999
+
+
+def test_blocks_and_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = draw(generator, 4, 6), draw(generator, 5, 7)
+    whole = torch.kron(first, second)
+    rows = by_blocks(whole, 4, 6)
+    torch.testing.assert_close(rows, first.flatten()[:, None] * second.flatten())
+    assert torch.equal(from_blocks(rows, 4, 6, 20, 42), whole)
