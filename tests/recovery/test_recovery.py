@@ -175,7 +175,7 @@ def test_changes_of_full_rank_are_named_for_what_they_look_like(tmp_path: Path) 
     generator = torch.Generator().manual_seed(5)
     base = base_state()
     names = {"full": TUNED[0], "ia3": TUNED[1], "dora": TUNED[2], "oft": TUNED[3]}
-    big = {name: torch.randn(96, 96, generator=generator) * 0.05 for name in names.values()}
+    big = {name: torch.randn(96, 96, generator=generator) * 0.05 for name in (*names.values(), "model.lokr.weight")}
     base |= big | {f"untouched.{i}.weight": torch.randn(8, 8, generator=generator) for i in range(8)}
     models = []
     for i in range(3):
@@ -192,7 +192,7 @@ def test_changes_of_full_rank_are_named_for_what_they_look_like(tmp_path: Path) 
                 "oft": torch.linalg.matrix_exp(0.05 * (noise - noise.mT)) @ weight,
             }[kind].contiguous()
         kron = torch.kron(noise[:6, :6], noise[:16, :16]) * 0.001
-        state["model.lokr.weight"] = torch.eye(96) * 0.05 + kron
+        state["model.lokr.weight"] = base["model.lokr.weight"] + kron
         models.append(save(tmp_path / f"m{i}", state))
     records = {record["name"]: record for record in recover_checkpoints(models, tmp_path / "out").records}
     for kind in ("ia3", "dora"):
