@@ -15,6 +15,7 @@ Deviations from the paper, or readings of what it leaves open:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import re
 import shutil
@@ -32,7 +33,8 @@ from tqdm import tqdm
 
 from lowra.bench.images import image_processor, pixel_values
 from lowra.bench.schema import Layer, write_dataset
-from lowra.builders.base import Built, check_trainer_names
+from lowra.builders.base import Built, check_trainer_names, recipe_key
+from lowra.builders.kinds import KINDS, RANDOM_A, Kinds, Settings, Tuning, save_difference, weights_of
 from lowra.builders.peft_adapters import Adapter, checkpoint_state, layer_names, lora_layers
 from lowra.builders.stages import stage
 from lowra.builders.vit_mini import Miniature
@@ -63,7 +65,7 @@ _LINE = re.compile(r"^(\S+)\s+(\d+)$")
 
 @dataclass(frozen=True)
 class VitBuilder:
-    """Fine-tune one ViT on image tasks by LoRA, and write base and factors as a benchmark data set.
+    """Fine-tune one ViT on image tasks by LoRA or another kind, and write base and updates as a benchmark data set.
 
     base: Hub id or folder of the base model, None where `miniature` pre-trains one.
     data: folder in the layout of VTAB-1k (`<task>/images/`, `train800.txt`, `val200.txt`), None to draw the tasks.
@@ -73,6 +75,7 @@ class VitBuilder:
     normalisation: "base" for the mean and standard deviation of the base's processor, "imagenet" for ImageNet's.
     resample: PIL's filter of the resize, "bilinear" or "bicubic".
     precision: "float32", or mixed "bfloat16", "float16". warmup: share of the steps.
+    kind: of fine-tuning, see `lowra.builders.kinds`. kinds: what each kind has otherwise than LoRA in this recipe.
     shared_a: train only B, on one random A that is frozen and the same in all tasks: a defence against recovery, since
         all updates then share their row space.
     seed: of everything; each task adds its own number, so that no two LoRAs start from the same A.
@@ -97,11 +100,25 @@ class VitBuilder:
     precision: Annotated[str, OneOf(("float32", "bfloat16", "float16"))]
     normalisation: Annotated[str, OneOf(("base", "imagenet"))]
     resample: Annotated[str, OneOf(("bilinear", "bicubic"))]
+    kind: Annotated[str, OneOf(KINDS)]
     shared_a: bool
     seed: Seed
     use_cpu: bool
     dataset_dtype: Annotated[str, OneOf(("float32", "float16"))]
     tasks: Names = field(metadata={"recipe": False})
+    kinds: Kinds = field(metadata={"recipe": False})  # of which only the kind's own matters:
+    own: Settings | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        # An unknown kind is `check`'s to refuse.
+        object.__setattr__(self, "own", self.kinds.of(self.kind) if self.kind in KINDS else None)
+
+    @property
+    def tuning(self) -> Tuning:
+        """The kind of fine-tuning with its sizes."""
+        own = self.kinds.of(self.kind)
+        sizes = (own.rank or self.rank, own.alpha or self.alpha, self.dropout, tuple(self.target_modules), own.size)
+        return Tuning(self.kind, *sizes, heads=tuple(self.modules_to_save))
 
     # ---- Before any heavy work ----------------------------------------------------------------------------------
 
@@ -137,20 +154,28 @@ class VitBuilder:
             width = check_base(component_folder(self.base))
         if not 1 <= self.rank <= width:
             raise LowraError(f"builder.rank is {self.rank}; expected 1 to {width}, the width of the base.")
+        self.tuning.check(width)
+        if self.shared_a and self.kind not in RANDOM_A:
+            raise LowraError(
+                f"builder.shared_a freezes a random A, and builder.kind={self.kind} has none; "
+                f"it is for {', '.join(RANDOM_A)}."
+            )
 
     # ---- Building -----------------------------------------------------------------------------------------------
 
     def build(self, folder: Path) -> Built:
         """Make the subset in `folder`: base/, vtab-1k/, loras/, evaluation/ and dataset/, resuming what is there.
 
+        Base, tasks and evaluation of other kinds than LoRA are those of LoRA's recipe, in the folder beside that one.
         A killed fine-tune goes on from its last epoch. Returns a report of validation losses and accuracies before
         and after each fine-tune, and the size of the updates. Raises LowraError for a mistake in base or data.
         """
         report: dict[str, Any] = {}
         evaluation = None
+        home = self._home(folder)
         with quiet():
             if (mini := self.miniature) is not None:
-                base, evaluation = folder / "base", folder / "evaluation"
+                base, evaluation = home / "base", home / "evaluation"
                 report["base"] = stage(base, lambda partial: self._pretrain(mini, partial))
                 stage(evaluation, lambda partial: mini.write_evaluation(partial, self.seed))
             else:
@@ -161,7 +186,7 @@ class VitBuilder:
                 for task in tasks:
                     tasks.set_postfix_str(task, refresh=False)
                     adapters[task] = folder / "loras" / f"{list(TASKS).index(task):02}_{task}"
-                    report["tasks"][task] = self._build_lora(base, folder, task, adapters[task])
+                    report["tasks"][task] = self._build_lora(base, home, task, adapters[task])
         public_name = self.base or "lowra/vit-miniature"
         # Selections of tasks share a folder, and each has a data set.
         numbers = [list(TASKS).index(task) for task in self.tasks]
@@ -176,6 +201,13 @@ class VitBuilder:
 
         report |= stage(dataset, write)
         return Built(dataset / "parquet", str(base) if self.base is None else self.base, evaluation, report)
+
+    def _home(self, folder: Path) -> Path:
+        """The folder of base and data: LoRA's recipe's, so that models of different kinds have one base."""
+        if self.kind == "lora":
+            return folder
+        plain = dataclasses.replace(self, kind="lora", shared_a=False)
+        return folder.with_name(folder.name.removesuffix(recipe_key(self)) + recipe_key(plain))
 
     def _pretrain(self, mini: Miniature, folder: Path) -> dict[str, Any]:
         """Train the miniature's base on drawn images and save it as the full-size one is saved."""
@@ -213,7 +245,6 @@ class VitBuilder:
 
     def _fine_tune(self, base: Path, data: Path, task: str, folder: Path) -> dict[str, Any]:
         """Table 5: LoRA on query and value, and the checkpoint of best validation loss."""
-        from peft import LoraConfig, get_peft_model
         from transformers import ViTForImageClassification, set_seed
 
         processor = self._processor(base)
@@ -223,15 +254,8 @@ class VitBuilder:
         set_seed(seed)
         # The base's head has other classes than the task: it gets a new one, trained beside the LoRA.
         model = ViTForImageClassification.from_pretrained(base, num_labels=classes, ignore_mismatched_sizes=True)
-        lora = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]
-            lora_dropout=self.dropout,
-            target_modules=list(self.target_modules),
-            modules_to_save=list(self.modules_to_save),
-            bias="none",
-        )
-        peft_model = get_peft_model(model, lora)
+        before_training = weights_of(model, self.target_modules) if self.kind == "full" else {}
+        peft_model = self.tuning.wrap(model)
         if self.shared_a:
             freeze_shared_a(peft_model, self.seed)
         trainer = self._trainer(
@@ -239,7 +263,7 @@ class VitBuilder:
             folder / "trainer",
             train,
             val,
-            learning_rate=self.learning_rate,
+            learning_rate=self.kinds.of(self.kind).learning_rate or self.learning_rate,
             per_device_train_batch_size=self.batch_size,
             gradient_accumulation_steps=self.gradient_accumulation,
             num_train_epochs=self.epochs,
@@ -261,8 +285,12 @@ class VitBuilder:
         with progress(trainer, task):
             trainer.train(resume_from_checkpoint=last_checkpoint(folder / "trainer"))
         after = trainer.evaluate()
-        peft_model.save_pretrained(str(folder))
-        check_changed(base, folder, peft_model.merge_and_unload(), self.modules_to_save)
+        if self.kind == "full":
+            save_difference(model, before_training, folder, self.modules_to_save)
+        else:
+            peft_model.save_pretrained(str(folder))
+            model = peft_model.merge_and_unload()
+        check_changed(base, folder, model, self.modules_to_save)
         shutil.rmtree(folder / "trainer", ignore_errors=True)
         return {
             "classes": classes,
@@ -415,7 +443,10 @@ def last_checkpoint(folder: Path) -> str | None:
 def check_changed(base: Path, adapter: Path, merged: Any, heads: Sequence[str]) -> None:
     """Raise LowraError unless fine-tuning changed the targeted weights and no others (App. G)."""
     stored = StoredState(base)
-    expected = tuple(sorted(layer_names(base, Adapter(adapter).modules).values()))
+    opened = Adapter(adapter)
+    names = layer_names(base, opened.modules)
+    biases = [f"{names[module].removesuffix('.weight')}.bias" for module in opened.scaled_biases]
+    expected = tuple(sorted([*names.values(), *(name for name in biases if name in stored)]))
     state = {name: tensor for name, tensor in checkpoint_state(merged).items() if name.split(".")[0] not in heads}
     changed = changed_weights([{name: stored[name] for name in stored if name.split(".")[0] not in heads}, state])
     if changed != expected:
@@ -428,7 +459,7 @@ def _measured(layers: Iterator[Layer], ratios: dict[str, float]) -> Iterator[Lay
     sums: dict[str, list[float]] = {}
     for layer in layers:
         for update in layer.loras:
-            sums.setdefault(update.name, []).append(float(update.delta().norm() / layer.weight.norm()))
+            sums.setdefault(update.name, []).append(float(update.difference(layer.weight).norm() / layer.weight.norm()))
         yield layer
     ratios |= {name: sum(values) / len(values) for name, values in sums.items()}
 

@@ -13,9 +13,12 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from safetensors.torch import load_file
 
+from lowra.bench.merging import merge
 from lowra.bench.schema import open_dataset
 from lowra.builders import vit
 from lowra.builders.base import recipe_key
+from lowra.builders.kinds import KINDS, Settings
+from lowra.builders.peft_adapters import Adapter
 from lowra.builders.vit import VitBuilder
 from lowra.builders.vit_mini import Miniature
 from lowra.builders.vit_pictures import PRETRAINING_CLASSES, TASKS, draw_images, draw_thing
@@ -347,3 +350,89 @@ def test_configs_are_frozen_dataclasses():
     assert dataclasses.is_dataclass(VitBuilder)
     with pytest.raises(dataclasses.FrozenInstanceError, match="rank"):
         configured("vit_mini").rank = 3
+
+
+# ---- Kinds of fine-tuning ---------------------------------------------------------------------------------------
+
+LEAVES = {
+    "rslora": "lora",
+    "pissa": "lora",
+    "mica": "lora",
+    "vera": "lora",
+}  # as what a kind is stored, if not as itself
+
+
+def folder_of(builder, cache):
+    return cache / f"vit-mini-{recipe_key(builder)}"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("kinds")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_fine_tuned_on_the_same_base(cache, kind):
+    builder = miniature(kind=kind, target_modules=["q_proj", "fc2"])
+    builder.check()
+    result = builder.build(folder_of(builder, cache))
+    plain = miniature(target_modules=["q_proj", "fc2"])
+    assert Path(result.base) == folder_of(plain, cache) / "base"
+    assert result.evaluation == folder_of(plain, cache) / "evaluation"
+    table = open_dataset(result.dataset)
+    assert table.model_names == ("dtd", "kitti")
+    assert len(table) == 2 * TINY.depth
+    stored = load_file(Path(result.base) / "model.safetensors")
+    for i, info in enumerate(table.infos):
+        layer = table.read(i)
+        assert torch.equal(layer.weight, stored[info.name])
+        for update, merged in zip(layer.loras, merge(layer), strict=True):
+            assert update.kind == LEAVES.get(kind, kind)
+            assert merged.isfinite().all()
+            assert (merged - layer.weight).norm() > 1e-4 * layer.weight.norm()
+    if kind == "pissa":
+        assert {info.ranks for info in table.infos} == {(4, 4)}
+    if kind == "mica":  # B is the base's last left singular vectors, whatever the task
+        left = torch.linalg.svd(layer.weight)[0][:, -2:]
+        assert all(torch.allclose(update.B @ update.B.mT, left @ left.mT, atol=1e-4) for update in layer.loras)
+    if kind == "ia3":  # the second layer of a block's MLP has its inputs scaled
+        assert {tuple(table.read(i).loras[0].tensors["scale"].shape) for i in range(4)} == {(16, 1), (1, 64)}
+    assert all(0 <= report["val_accuracy"] <= 1 for report in result.report["tasks"].values())
+    assert all(ratio > 0 for ratio in result.report["update_to_weight_norm"].values())
+
+
+def test_a_whole_fine_tune_is_a_difference_of_full_rank_and_its_head(cache):
+    builder = miniature(kind="full", target_modules=["q_proj", "fc2"])
+    built = builder.build(folder_of(builder, cache))
+    adapter = Adapter(folder_of(builder, cache) / "loras" / "02_dtd")
+    assert adapter.type == "FULL"
+    stored = load_file(adapter.folder / "adapter_model.safetensors")
+    assert any(key.startswith("base_model.model.classifier") for key in stored)
+    difference = open_dataset(built.dataset).read(0).loras[0].tensors["difference"]
+    assert torch.linalg.matrix_rank(difference) > 8  # of 16; LoRA's would be 2
+
+
+def test_frozen_shared_factors_need_a_random_a():
+    miniature(kind="dora", shared_a=True).check()
+    with pytest.raises(LowraError, match=r"builder\.kind=vera has none; it is for lora, rslora, dora"):
+        miniature(kind="vera", shared_a=True).check()
+
+
+def test_kinds_and_their_settings_are_checked():
+    with pytest.raises(LowraError, match=r"builder\.kind is 'boft'; expected one of lora, rslora, dora, pissa, mica"):
+        miniature(kind="boft").check()
+    kinds = miniature().kinds
+    with pytest.raises(LowraError, match=r"builder\.kind=lokr needs a size; give builder\.kinds\.lokr\.size"):
+        miniature(kind="lokr", kinds=dataclasses.replace(kinds, lokr=Settings())).check()
+    with pytest.raises(LowraError, match=r"kinds\.oft\.size is 5; its blocks must divide the 16 inputs"):
+        miniature(kind="oft", kinds=dataclasses.replace(kinds, oft=Settings(size=5))).check()
+    with pytest.raises(LowraError, match=r"builder\.kinds\.ia3\.learning_rate is -1"):
+        miniature(kind="ia3", kinds=dataclasses.replace(kinds, ia3=Settings(learning_rate=-1))).check()
+
+
+def test_settings_of_other_kinds_are_no_part_of_a_recipe():
+    plain = miniature()
+    changed = dataclasses.replace(plain.kinds, vera=Settings(rank=3))
+    assert recipe_key(miniature(kinds=changed)) == recipe_key(plain)
+    assert recipe_key(miniature(kind="vera", kinds=changed)) != recipe_key(miniature(kind="vera"))
+    assert recipe_key(miniature(kind="dora")) != recipe_key(plain)
