@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowra.bench.defences import Defence, applied
 from lowra.bench.foreign import swap
 from lowra.bench.merging import merge, merge_dtype
 from lowra.bench.schema import Layer, LayerTable
@@ -47,8 +48,8 @@ class WroteIntoStack(Exception):
 class LayerJudge:
     """What it takes to merge, recover and score layers; goes to worker processes whole.
 
-    methods: by variant name. digests: whether weights are digested, for metrics that score whole models. keep: where
-    weights are kept for them, None keeps none.
+    methods: by variant name. defence, seed: what is done to the merges before they are released. digests: whether
+    weights are digested, for metrics that score whole models. keep: where weights are kept for them, None keeps none.
     """
 
     table: LayerTable
@@ -56,6 +57,8 @@ class LayerJudge:
     merge_dtype: str
     merge_order: str
     foreign: int
+    defence: Defence | None
+    seed: int
     threads: int
     device: str
     digests: bool
@@ -83,7 +86,7 @@ class LayerJudge:
 
     def _judged(self, task: Task) -> list[dict[str, Any]]:
         layer = self.table.read(task.index, task.draw.models)
-        merged = merge(layer, merge_dtype(self.merge_dtype), self.merge_order)
+        merged = self._released(layer, task)
         floor = floor_error(merged, layer)
         observation = self._observe(layer, task, merged)
         measured = []
@@ -105,11 +108,20 @@ class LayerJudge:
             raise LowraError(f"Method {task.variants[0]!r} {found['status']} in a layer that it recovered before.")
         return [candidate.float() for candidate in candidates]
 
+    def _released(self, layer: Layer, task: Task) -> Tensor:
+        """The merges (n, d, k) as they are published."""
+        dtype = merge_dtype(self.merge_dtype)
+        merged = merge(layer, dtype, self.merge_order)
+        if self.defence is None:
+            return merged
+        label = self.table.infos[task.index].label
+        return applied(self.defence, merged, label, task.draw.models, self.seed).to(dtype).float()
+
     def _observe(self, layer: Layer, task: Task, merged: Tensor | None = None) -> Observation:
         """What the attacker sees of a layer. merged: its merges where they are made already; they are handed on."""
         dtype = merge_dtype(self.merge_dtype)
         if merged is None:
-            merged = merge(layer, dtype, self.merge_order)
+            merged = self._released(layer, task)
         merged = swap(layer, merged, dtype, self.merge_order, seed=task.draw_seed, count=self.foreign)
         observation = Observation(merged=merged.to(self.device), rank=task.rank, seed=task.seed, storage=dtype)
         check_observation(observation)

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lowra
 from lowra.bench import draws as drawing
+from lowra.bench.defences import Defence
 from lowra.bench.merging import ORDERS, merge_dtype
 from lowra.bench.names import depths, layer_type
 from lowra.bench.schema import LayerInfo
@@ -72,7 +73,8 @@ class Plan:
     """A run, checked and opened.
 
     layers: positions in the table. depths: of all layers of the table. fingerprint: of the data. folder: where the
-    run's records go. judge_code: digest of the code that merges and scores weights.
+    run's records go. judge_code: digest of the code that merges and scores weights. defence: what is done to them
+    before; defended: its name and options.
     """
 
     cfg: DictConfig
@@ -87,6 +89,8 @@ class Plan:
     device: torch.device
     folder: Path
     judge_code: str
+    defence: Defence | None = None
+    defended: str = ""
 
     def info(self, index: int) -> LayerInfo:
         """What is known of a layer without reading it."""
@@ -105,7 +109,8 @@ class Plan:
     def merge_order(self) -> str:
         """How the merges were made, in words: a setting that tables never mix."""
         foreign = self.cfg.merge.foreign
-        return f"{self.cfg.merge.order}, {foreign} foreign" if foreign else str(self.cfg.merge.order)
+        words = [str(self.cfg.merge.order)] + ([f"{foreign} foreign"] if foreign else [])
+        return ", ".join(words + ([self.defended] if self.defended else []))
 
     def rank(self, draw: drawing.Draw, index: int) -> int:
         """The largest rank among a draw's updates of a layer: what the paper's attacker is told."""
@@ -119,13 +124,14 @@ class Plan:
     def key(self, draw: drawing.Draw, index: int, variant: Variant) -> str:
         """The key of a record: all that decides its numbers and nothing else."""
         strangers = self.draw_seed(draw) if self.cfg.merge.foreign else 0
+        defended = [self.cfg.seed] if self.defence else []
         return key_of(
             {
                 "data": self.fingerprint,
                 "layer": self.info(index).label,
                 "models": draw.models,
                 "seed": self.seed(draw, index),
-                "merge": [self.cfg.merge.dtype, self.merge_order, strangers],
+                "merge": [self.cfg.merge.dtype, self.merge_order, strangers, *defended],
                 "rank": self.granted(draw, index),
                 "variant": variant.key,
                 "judge": self.judge_code,
@@ -277,6 +283,8 @@ def check_settings(cfg: DictConfig) -> None:
     foreign = cfg.merge.foreign
     if type(foreign) is not int or not foreign >= 0:
         raise LowraError(f"merge.foreign is {foreign!r}; expected a number of models of another base, 0 for none.")
+    if foreign and cfg.get("defence") is not None:
+        raise LowraError("merge.foreign and defence cannot be had together; set merge.foreign=0 or defence=null.")
     for group in ("methods", "metrics"):
         if cfg.get(group) is not None and not isinstance(cfg[group], DictConfig):
             raise LowraError(f"{group} is {cfg[group]!r}; expected names of files in conf/{group}, such as {group}=[].")
@@ -363,6 +371,24 @@ def make(node: DictConfig, kind: str, name: str) -> Any:
             raise cause from None
         text = " ".join(str(cause).split())
         raise LowraError(f"Cannot make {kind} {name!r} from {node['_target_']}: {text}") from error
+
+
+def make_defence(cfg: DictConfig) -> tuple[Defence | None, str]:
+    """The defence of a run, None without one, and its name with its options; raises LowraError for one that is none."""
+    node = cfg.get("defence")
+    if node is None:
+        return None, ""
+    if not isinstance(node, DictConfig):
+        known = [path.stem for path in (conf_dir() / "defence").glob("*.yaml")]
+        raise unknown("defence", node, known)
+    made = make(node, "defence", str(node.get("_target_", "")))
+    if not isinstance(made, Defence):
+        raise LowraError(
+            f"defence is a {type(made).__name__}; expected an object with release(merged, place), see conf/defence."
+        )
+    shown = [f"{key} {value}" for key, value in options(node).items() if value not in (None, False)]
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(made).__name__).lower()
+    return made, f"{name} ({', '.join(shown)})" if shown else name
 
 
 def make_variants(cfg: DictConfig) -> dict[str, Variant]:
@@ -503,6 +529,7 @@ def prepare(cfg: DictConfig) -> Plan:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     variants = make_variants(cfg)
+    defence, defended = make_defence(cfg)
     source = make_source(cfg)
     metrics = make_metrics(cfg, weights_only=source.weights_only)
     folder = Path(cfg.results_dir).expanduser() / cfg.subset.name / cfg.source.name
@@ -523,6 +550,9 @@ def prepare(cfg: DictConfig) -> Plan:
     layers = choose_layers(table.infos, cfg.layers)
     for metric in metrics.values():
         metric.check(data.base or "", data.evaluation, device)
+    judge_code = code_digest("lowra.bench.foreign") + code_digest("lowra.metrics.weight_error")
+    if defence is not None:
+        judge_code += code_digest(module_of(defence))
     return Plan(
         cfg=cfg,
         variants=variants,
@@ -535,5 +565,7 @@ def prepare(cfg: DictConfig) -> Plan:
         draws=tuple(chosen),
         device=device,
         folder=folder,
-        judge_code=digest(code_digest("lowra.bench.foreign") + code_digest("lowra.metrics.weight_error")),
+        judge_code=digest(judge_code),
+        defence=defence,
+        defended=defended,
     )

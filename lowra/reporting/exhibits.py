@@ -253,7 +253,7 @@ TRACKS: Mapping[str, str] = {
 def track(view: View) -> str | None:
     """The track whose setting a view has, None where it has none's."""
     dtype, order, told = (view.setting[c] for c in ("merge_dtype", "merge_order", "knows_rank"))
-    if view.setting["seed"] != 0:
+    if view.setting["seed"] != 0 or view.kind_of_tuning != "lora":
         return None
     shared = any(
         ((c.get("config") or {}).get("builder") or {}).get("shared_a")

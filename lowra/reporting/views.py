@@ -30,6 +30,15 @@ ORDERS = {
 }
 """Orders of merging in words; others are shown as they are."""
 
+
+def in_words(order: str) -> str:
+    """An order of merging, with the defence that follows it, in words."""
+    plain, _, defence = order.partition("once, ")
+    if not plain and defence and not defence.endswith("foreign"):
+        return f"released after a defence, {defence}"
+    return ORDERS.get(order, order)
+
+
 WRONG = 1.0  # decades by which a certified layer may miss what its method predicts before the certificate is wrong
 
 
@@ -74,6 +83,12 @@ class View:
         return str(self.context.get("title") or self.subset)
 
     @property
+    def kind_of_tuning(self) -> str:
+        """How the models were fine-tuned: "lora", or another of the builders' kinds."""
+        builder = (self.context.get("config") or {}).get("builder") or {}
+        return str(builder.get("kind") or "lora")
+
+    @property
     def heading(self) -> str:
         """The view in a few words: subset, source and what of its setting is not the paper's."""
         return ", ".join([f"{self.title}, source={self.source}", *self.deviations()])
@@ -84,7 +99,9 @@ class View:
         if self.setting["merge_dtype"] != "float32":
             words.append(f"merges stored in {self.setting['merge_dtype']}")
         if self.setting["merge_order"] != "once":
-            words.append(ORDERS.get(self.setting["merge_order"], str(self.setting["merge_order"])))
+            words.append(in_words(str(self.setting["merge_order"])))
+        if self.kind_of_tuning != "lora":
+            words.append(f"fine-tuned by {self.kind_of_tuning}")
         if not self.setting["knows_rank"]:
             words.append("rank not given")
         if self.setting["seed"] != 0:
@@ -108,8 +125,9 @@ class View:
         if self.setting["merge_dtype"] != "float32":
             text += f" Merged weights stored in {self.setting['merge_dtype']} (the paper's are float32)."
         if self.setting["merge_order"] != "once":
-            order = self.setting["merge_order"]
-            text += f" Merges: {ORDERS.get(order, order)}."
+            text += f" Merges: {in_words(str(self.setting['merge_order']))}."
+        if self.kind_of_tuning != "lora":
+            text += f" The models were fine-tuned by {self.kind_of_tuning}, not by LoRA."
         if not self.setting["knows_rank"]:
             text += " The LoRA rank is not given to the methods."
         if self.setting["seed"] != 0:
