@@ -5,6 +5,7 @@ Usage:    python -m lowra.build [KEY=VALUE ...]        (keys as of python -m low
 Examples: python -m lowra.build subset=vit                                                     (the miniature)
           python -m lowra.build subset=vit source=build builder.data=FOLDER                    (full size)
           python -m lowra.build subset=vit source=build builder.data=FOLDER builder.tasks=[dtd,kitti]
+          python -m lowra.build subset=vit builder.kind=dora                     (kinds: lowra.builders.kinds)
           python -m lowra.build subset=mistral_dpo source=build builder.models=[0,3]
           python -m lowra.build subset=custom builder.base=BASE builder.adapters=[A,B,C] builder.merged=true
 

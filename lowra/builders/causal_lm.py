@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,7 @@ from tqdm import tqdm
 from lowra.bench.schema import write_dataset
 from lowra.builders.base import Built, check_trainer_names, recipe_key
 from lowra.builders.causal_lm_mini import DocumentationPreferences, Miniature
+from lowra.builders.kinds import KINDS, Kinds, Settings, Tuning, save_difference, weights_of
 from lowra.builders.peft_adapters import lora_layers
 from lowra.builders.stages import finished, stage
 from lowra.checkpoints.reading import component_folder
@@ -218,17 +219,10 @@ class _Stage:
             "dataloader_pin_memory": torch.cuda.is_available(),
         }
 
-    def _lora(self) -> Any:
-        from peft import LoraConfig
-
-        return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type] # PEFT says int and takes any number
-            lora_dropout=self.dropout,
-            bias="none",
-            task_type="CAUSAL_LM",
-            target_modules=list(self.targets),
-        )
+    @property
+    def tuning(self) -> Tuning:
+        """The kind of fine-tuning with its sizes: plain LoRA."""
+        return Tuning("lora", self.rank, self.alpha, self.dropout, tuple(self.targets), task="CAUSAL_LM")
 
     def _model(self, base: Path) -> Any:
         from transformers import AutoModelForCausalLM
@@ -238,8 +232,10 @@ class _Stage:
         )
 
 
-def _run(trainer: Any, folder: Path) -> dict[str, Any]:
+def _run(trainer: Any, folder: Path, save: Callable[[Any], None] | None = None) -> dict[str, Any]:
     """Train, resuming from a checkpoint in `folder` if there is one, and save the adapter there.
+
+    save: writes what was trained, where it is no adapter of PEFT's.
 
     Returns the losses of the first and the last log entry (nats per token for SFT) and, with held-out rows, what
     the trainer evaluates on them after training; `before` holds the same before training.
@@ -258,8 +254,11 @@ def _run(trainer: Any, folder: Path) -> dict[str, Any]:
     report |= {"steps": trainer.state.global_step, "loss_first": logs[0]["loss"], "loss_last": logs[-1]["loss"]}
     if trainer.eval_dataset is not None:
         report["after"] = _scores(trainer.evaluate())
-    # DPO keeps a frozen copy of a continued adapter, "ref"; only the trained one is the result.
-    trainer.model.save_pretrained(folder, selected_adapters=["default"])
+    if save is not None:
+        save(trainer.model)
+    else:
+        # DPO keeps a frozen copy of a continued adapter, "ref"; only the trained one is the result.
+        trainer.model.save_pretrained(folder, selected_adapters=["default"])
     shutil.rmtree(checkpoints, ignore_errors=True)
     return report
 
@@ -277,6 +276,7 @@ class SftBuilder(_Stage):
     miniature: what takes their place.
     chat_template: Jinja text, None for the tokenizer's own. system: the message put in front of chats that have none
     (None puts none). packing: whether rows are joined and cut to `max_length`, or each is a sequence of its own.
+    kind: of fine-tuning, see `lowra.builders.kinds`. kinds: what each kind has otherwise than LoRA in this recipe.
     """
 
     base: str | None
@@ -284,6 +284,20 @@ class SftBuilder(_Stage):
     chat_template: str | None
     system: str | None
     packing: bool
+    kind: Annotated[str, OneOf(KINDS)]
+    kinds: Kinds = field(metadata={"recipe": False})  # of which only the kind's own matters:
+    own: Settings | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        # An unknown kind is `check`'s to refuse.
+        object.__setattr__(self, "own", self.kinds.of(self.kind) if self.kind in KINDS else None)
+
+    @property
+    def tuning(self) -> Tuning:
+        """The kind of fine-tuning with its sizes."""
+        own = self.kinds.of(self.kind)
+        sizes = (own.rank or self.rank, own.alpha or self.alpha, self.dropout, tuple(self.targets), own.size)
+        return Tuning(self.kind, *sizes, task="CAUSAL_LM")
 
     def check(self) -> None:
         """Raise LowraError for what would stop the build later: base, chat template, rows, impossible settings.
@@ -291,7 +305,9 @@ class SftBuilder(_Stage):
         Small files of the base and the whole of the data are fetched for it.
         """
         self._check_stage()
-        self._check_targets(self.check_base())
+        model = self.check_base()
+        self._check_targets(model)
+        self.tuning.check(model.config.hidden_size)
         if self.miniature is None:
             self._load(self.data, ["messages"])
 
@@ -347,13 +363,21 @@ class SftBuilder(_Stage):
         """The base checkpoint's folder: fetched, or trained in miniature and kept in `folder`."""
         if self.miniature is None:
             return component_folder(str(self.base))
+        home = self._home(folder)
         with quiet() if self.quiet else nullcontext():
-            stage(folder / "base", self.miniature.model.build)
-        return folder / "base"
+            stage(home / "base", self.miniature.model.build)
+        return home / "base"
+
+    def _home(self, folder: Path) -> Path:
+        """The folder of the base: LoRA's recipe's, so that models of different kinds have one."""
+        if self.kind == "lora":
+            return folder
+        plain = dataclasses.replace(self, kind="lora")
+        return folder.with_name(folder.name.removesuffix(recipe_key(self)) + recipe_key(plain))
 
     def base_report(self, folder: Path) -> dict[str, Any]:
         """Numbers about the miniature's pre-training; empty for a published base."""
-        return finished(folder / "base") or {}
+        return finished(self._home(folder) / "base") or {}
 
     def adapters(self, folder: Path) -> list[Path]:
         """Train what is missing of the wanted models; their adapter folders, in order."""
@@ -405,10 +429,16 @@ class SftBuilder(_Stage):
         from trl import SFTConfig, SFTTrainer
 
         train, held_out = self._split(rows, seed)
+        model, save = self._model(base), None
+        if self.kind == "full":
+            self.tuning.freeze(model)
+            save = partial(save_difference, before=weights_of(model, self.targets), folder=folder)
+        arguments = self._arguments(folder, seed, self.quiet)
+        arguments["learning_rate"] = self.kinds.of(self.kind).learning_rate or self.learning_rate
         trainer = SFTTrainer(
-            model=self._model(base),
+            model=model,
             args=SFTConfig(
-                **self._arguments(folder, seed, self.quiet),
+                **arguments,
                 packing=self.packing,
                 packing_strategy="wrapped",
                 shuffle_dataset=True,
@@ -416,9 +446,9 @@ class SftBuilder(_Stage):
             train_dataset=train,
             eval_dataset=held_out if self.eval_rows else None,
             processing_class=tokenizer,
-            peft_config=self._lora(),
+            peft_config=self.tuning.config(),
         )
-        return _run(trainer, folder)
+        return _run(trainer, folder, save)
 
     def finish(self, folder: Path, base: Path, builder: _Stage, name: str, report: dict[str, Any]) -> Built:
         """Write the data set of all adapters in `folder`, and what the metric needs in miniature.
@@ -488,6 +518,8 @@ class DpoBuilder(_Stage):
                 f"builder.rank={self.rank} and builder.alpha={self.alpha} must be the same."
             )
         self._check_targets(self.sft.check_base())
+        if self.sft.kind != "lora":
+            raise LowraError(f"builder.sft.kind is {self.sft.kind}; DPO continues SFT models that are LoRAs (lora).")
         if self.miniature is not None and self.data is not None:
             raise LowraError("builder.data and builder.miniature are both given; set one of them to null.")
         if self.miniature is None:
@@ -579,7 +611,7 @@ class DpoBuilder(_Stage):
             eval_dataset=held_out if self.eval_rows else None,
             processing_class=tokenizer,
             # A continued adapter brings its own configuration, and TRL makes its frozen copy the reference.
-            peft_config=None if self.continues == "sft_adapter" else self._lora(),
+            peft_config=None if self.continues == "sft_adapter" else self.tuning.config(),
         )
         return _run(trainer, folder)
 

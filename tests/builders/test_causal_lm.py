@@ -21,6 +21,7 @@ from lowra.builders.causal_lm_mini import (
     MiniMistral,
     documentation,
 )
+from lowra.builders.kinds import KINDS, Kinds
 from lowra.builders.stages import finished
 from lowra.checks import make
 from lowra.errors import LowraError
@@ -189,6 +190,47 @@ def test_rows_of_the_data_set_merge_as_peft_merges(built):
             ours = layer.weight + layer.loras[i].delta()
             assert (ours - layer.weight).abs().max() > 1e-4
             torch.testing.assert_close(ours, merged[layer.name], rtol=0, atol=1e-6)
+
+
+LEAVES = {
+    "rslora": "lora",
+    "pissa": "lora",
+    "mica": "lora",
+    "vera": "lora",
+}  # as what a kind is stored, if not as itself
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_every_kind_is_fine_tuned_on_the_same_base(cache, built, kind):
+    builder = sft(kind=kind)
+    builder.check()
+    own = builder.build(cache / f"mistral_sft-mini-{recipe_key(builder)}")
+    assert own.base == built.base
+    assert own.report["base"] == built.report["base"]
+    assert own.report["sft"]["after"]["loss"] < own.report["sft"]["before"]["loss"]
+    table = open_dataset(own.dataset)
+    assert [info.name for info in table.infos] == [info.name for info in open_dataset(built.dataset).infos]
+    merged = []
+    for adapter in adapters_of(own) if kind != "full" else []:
+        model = AutoModelForCausalLM.from_pretrained(own.base, dtype=torch.float32)
+        merged.append(weights_of(PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()))
+    for index in range(len(table)):
+        layer = table.read(index)
+        for i, update in enumerate(layer.loras):
+            assert update.kind == LEAVES.get(kind, kind)
+            ours = update.apply(layer.weight)
+            assert (ours - layer.weight).abs().max() > 1e-5
+            if merged:
+                torch.testing.assert_close(ours, merged[i][layer.name], rtol=0, atol=1e-6)
+
+
+def test_settings_of_kinds_that_cannot_be(cache):
+    with pytest.raises(LowraError, match=r"builder\.kind is 'boft'; expected one of lora, rslora"):
+        sft(kind="boft").check()
+    with pytest.raises(LowraError, match=r"builder\.kind=oft needs a size"):
+        sft(kind="oft", kinds=Kinds()).check()
+    with pytest.raises(LowraError, match=r"builder\.sft\.kind is dora; DPO continues SFT models that are LoRAs"):
+        dpo(sft(kind="dora")).check()
 
 
 def test_a_finished_subset_is_not_built_again(built, monkeypatch):
