@@ -42,6 +42,16 @@ SHARED = ("base_model.vera_A", "base_model.vera_B")
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 _BASE_STARTS = ("pissa", "olora")
 
+# Settings of PEFT's LoRA that make W' something else than the factors say.
+_OTHER_LORAS = (
+    "arrow_config",
+    "alora_invocation_tokens",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+
 
 def peft_type(config: Mapping[str, Any], folder: object) -> str:
     """The PEFT type of an adapter's configuration.
@@ -60,6 +70,11 @@ def peft_type(config: Mapping[str, Any], folder: object) -> str:
         )
     if found == "LORA" and start in _BASE_STARTS and config.get("use_dora"):
         raise LowraError(f"The adapter in {folder} is a DoRA started by {start!r}; only LoRAs started so are read.")
+    if found == "LORA" and (other := [setting for setting in _OTHER_LORAS if config.get(setting)]):
+        raise LowraError(
+            f"The adapter in {folder} is a variant of LoRA ({other[0]}) that is not read; those read are plain LoRA, "
+            "use_rslora and use_dora."
+        )
     if found == "OFT" and config.get("use_cayley_neumann", True) and not config.get("peft_version"):
         raise LowraError(
             f"The OFT adapter in {folder} is of a PEFT before 0.18, whose rotations today's PEFT computes otherwise; "

@@ -206,6 +206,7 @@ def changed(folder, config=None, **tensors):
         ("lora", {"peft_type": "BOFT"}, {}, r"Unknown PEFT type 'BOFT'; known: FULL, IA3, LOHA, LOKR, LORA, OFT, VERA"),
         ("lora", {"init_lora_weights": "corda"}, {}, r"init_lora_weights='corda'.*path_initial_model_for_weight_conv"),
         ("pissa", {"init_lora_weights": "pissa_niter_4"}, {}, r"init_lora_weights='pissa_niter_4'"),
+        ("lora", {"use_qalora": True}, {}, r"is a variant of LoRA \(use_qalora\) that is not read"),
         ("dora", {"init_lora_weights": "pissa"}, {}, r"is a DoRA started by 'pissa'"),
         ("oft", {"peft_version": None}, {}, r"OFT adapter .* is of a PEFT before 0\.18"),
         ("loha", {}, {"hada_w2_b": None}, r"lacks hada_w2_b; the file is incomplete"),
