@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowra.bench.defences import Noise, applied
 from lowra.methods.base import Observation, Recovery
 from lowra.methods.subspace_intersection import SubspaceIntersection
 from lowra.methods.subspace_intersection.kronecker import by_blocks, from_blocks
 from lowra.methods.subspace_intersection.noise import joined, rounding_noise
+from lowra.methods.subspace_intersection.noisy import bulk_std, marchenko_pastur
 from lowra.methods.subspace_intersection.scales import row_ratio
 from lowra.metrics.weight_error import weight_error
 
@@ -231,3 +233,48 @@ def test_blocks_and_back() -> None:
     rows = by_blocks(whole, 4, 6)
     torch.testing.assert_close(rows, first.flatten()[:, None] * second.flatten())
     assert torch.equal(from_blocks(rows, 4, 6, 20, 42), whole)
+
+
+# ---- Noise beyond the rounding of the format --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-3])
+def test_noise_is_averaged_and_nothing_certified(size: float) -> None:
+    planted = Dora(plain=(0, 1, 2), grid="fp32")
+    merged = applied(Noise(size), planted.merged, "layer", (0, 1, 2), 0)
+    recovery = recover(merged)
+    assert recovery.stats["certificate"] == "uncertified"
+    assert "noise" in recovery.status
+    floor = 2 * math.log10(size * BASE_STD) - math.log10(3)
+    # Where updates are, fewer models see a weight: a quarter of a decade for ranks of 18 in 160.
+    assert floor - 0.1 < planted.error(recovery) < floor + 0.25
+    assert recovery.stats["predicted_w_error"] == pytest.approx(planted.error(recovery), abs=0.1)
+
+
+def test_full_fine_tunes_are_not_taken_for_noise() -> None:
+    generator = torch.Generator().manual_seed(3)
+    base = BASE_STD * draw(generator, 128, 128)
+    merged = torch.stack([base + 0.02 * BASE_STD * draw(generator, 128, 128) for _ in range(3)]).float()
+    recovery = recover(merged)
+    assert recovery.stats["certificate"] == "not_identifiable"
+    assert weight_error(recovery.candidates[0], base) <= weight_error(merged.double().mean(0), base) + 0.01
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.6, 1.0])
+def test_quantiles_of_the_singular_values_of_noise(ratio: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, shares = 600, (0.2, 0.5, 0.8)
+    values = torch.linalg.svdvals(draw(generator, rows, int(ratio * rows))).square() / rows
+    expected = torch.quantile(values, torch.tensor(shares, dtype=values.dtype))
+    torch.testing.assert_close(marchenko_pastur(ratio, shares), expected, rtol=0.03, atol=1e-3)  # finite size
+
+
+def test_the_noise_is_measured_beside_a_signal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = 1e-3 * draw(generator, 100, 80)
+    for rank in (0, 5, 20):
+        assert bulk_std(noise + low_rank(generator, (100, 80), rank or 1, rank / 5), 0 * noise) == pytest.approx(
+            1e-3, rel=0.05
+        )
+    falling = draw(generator, 80, 80) * torch.logspace(0, -3, 80, dtype=torch.float64)
+    assert bulk_std(falling @ draw(generator, 80, 80), 0 * falling) is None

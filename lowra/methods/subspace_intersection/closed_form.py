@@ -15,6 +15,7 @@ from lowra.methods.subspace_intersection.grid import detected
 from lowra.methods.subspace_intersection.kronecker import rearranged
 from lowra.methods.subspace_intersection.low_signal import spectral
 from lowra.methods.subspace_intersection.noise import joined
+from lowra.methods.subspace_intersection.noisy import noisy
 from lowra.methods.subspace_intersection.problem import Problem, first_parts, with_excess_noise
 from lowra.methods.subspace_intersection.ranges import (
     MARGINS,
@@ -96,6 +97,9 @@ def without_outliers(problem: Problem) -> Answer:
     """Sort the models by base and recover from the largest group."""
     groups = same_base(problem.merged, problem.noise, problem.guess, problem.dtype, problem.generator)
     if len(groups[0]) == 1 or len(groups) == 1:
+        answer = noisy(problem, partial(closed_form, plain=True))
+        if answer is not None:
+            return answer
         certificate = Certificate.NOT_IDENTIFIABLE
         reason = (
             "every two models differ by a matrix of full rank; the updates are not of low rank in a layer of this "

@@ -27,6 +27,9 @@ SAMPLE = 256
 # From one rank tried to the next.
 GROWTH = 4
 
+# Where no rank does, more columns are taken only if the ratios leave less than this share of what ones would.
+GAIN = 0.5
+
 TINY = torch.finfo(torch.float64).tiny
 
 # Steps of alternation at each rank tried: so many, and on while each leaves less than this share of what was left over
@@ -90,11 +93,12 @@ def row_ratio(first: Tensor, second: Tensor, noise: Noise, generator: torch.Gene
         cosine = product / (size * squares(y)).sqrt().clamp_min(TINY)
         if float(cosine.median()) < min(0.5, PARALLEL / math.sqrt(picked.numel())):
             return None
-        fit = _Pair(y, x, size, noise).grown(product / size.clamp_min(TINY), generator)
-        if fit is not None:
+        pair = _Pair(y, x, size, noise)
+        fit = pair.grown(product / size.clamp_min(TINY), generator)
+        if fit.explained:
             whole = _Pair(first, second, squares(second), noise).settled(fit)
             return whole.ratio if whole.explained else None
-        if picked.numel() == first.shape[1]:
+        if picked.numel() == first.shape[1] or not pair.gains(fit):
             break
     return None
 
@@ -140,8 +144,17 @@ class _Pair:
         small = float(sample.square().mean()) < SMALL_UPDATE**2 * float(self.x[rows].double().square().mean())
         return ScaledDifference(self.y, self.x, torch.float32 if small else torch.float64, ratio[:, None])
 
-    def grown(self, ratio: Tensor, generator: torch.Generator) -> _Fit | None:
-        """The fit of the smallest rank that explains the difference; None if none does.
+    def gains(self, fit: _Fit) -> bool:
+        """Whether the ratios of a fit leave much less of the difference than ones, at its rank."""
+        plain = self.rest(torch.ones_like(fit.ratio))
+        basis, _ = right_vectors(plain, fit.image)
+        basis, _ = right_vectors(plain, plain.times(basis))
+        scaled = self.rest(fit.ratio)
+        own, _ = right_vectors(scaled, fit.image)
+        return left_over(scaled, own[:, : fit.rank]) < GAIN * left_over(plain, basis[:, : fit.rank])
+
+    def grown(self, ratio: Tensor, generator: torch.Generator) -> _Fit:
+        """The fit of the smallest rank that explains the difference; that of the largest tried if none does.
 
         Multiplied from 1 on until it does, then narrowed down. A rank some directions too large explains it as well, by
         ratios that are wrong in as many rows.
@@ -157,7 +170,7 @@ class _Pair:
                 break
             rank *= GROWTH
         else:
-            return None
+            return fit
         below, values = rank // GROWTH, fit.values[:rank]
         tried = below + 1 + int((values[below:-1] / values[below + 1 :].clamp_min(TINY)).argmax()) if rank > 2 else 1
         while fit.rank - below > 1:
