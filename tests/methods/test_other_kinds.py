@@ -278,3 +278,65 @@ def test_the_noise_is_measured_beside_a_signal() -> None:
         )
     falling = draw(generator, 80, 80) * torch.logspace(0, -3, 80, dtype=torch.float64)
     assert bulk_std(falling @ draw(generator, 80, 80), 0 * falling) is None
+
+
+# ---- Updates that were not started at zero ----------------------------------------------------------------------
+
+
+def started(init: str, shape: tuple[int, int], drift: float, grid: str = "fp32") -> tuple[Tensor, Tensor]:
+    """A base (d, k) and three merges W - B_0 A_0 + B A with B, A changed by `drift` times B_0 and A_0, of rank 6."""
+    generator = torch.Generator().manual_seed(0)
+    rank = 6
+    base = BASE_STD * draw(generator, *shape) + low_rank(generator, shape, 20, 1.0)
+    base = base.to(FORMATS[grid]).double()
+    if init == "pissa":
+        u, s, vt = torch.linalg.svd(base, full_matrices=False)
+        left, right = u[:, :rank] * s[:rank].sqrt(), s[:rank, None].sqrt() * vt[:rank]
+    elif init == "olora":
+        q, r = torch.linalg.qr(base)
+        left, right = q[:, :rank], r[:rank]
+    else:
+        left, right = 0.1 * draw(generator, shape[0], rank), 0.1 * draw(generator, rank, shape[1])
+    rest = (base - left @ right).to(FORMATS[grid]).double()
+    merged = []
+    for _ in range(3):
+        b = left + drift * left.square().mean().sqrt() * draw(generator, *left.shape)
+        a = right + drift * right.square().mean().sqrt() * draw(generator, *right.shape)
+        merged.append(rest + b @ a)
+    return base, torch.stack(merged).float()
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (96, 160), (160, 96)])
+@pytest.mark.parametrize("drift", [0.1, 0.5])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_part_taken_out_of_the_base_is_noticed_and_put_back(init: str, drift: float, shape: tuple[int, int]) -> None:
+    base, merged = started(init, shape, drift)
+    recovery = recover(merged)
+    assert recovery.stats["certificate"] == "uncertified"
+    assert "PiSSA" in recovery.status
+    # Not exact: the changes are in it where they have room. Better than their mean all the same.
+    gained = weight_error(merged.double().mean(0), base) - weight_error(recovery.candidates[0], base)
+    assert gained > (0.4 if init == "pissa" else 0.1)
+
+
+def test_a_part_taken_out_of_a_bfloat16_base_is_noticed() -> None:
+    base, merged = started("pissa", (96, 160), 0.3, "bf16")
+    recovery = recover(merged)
+    assert "PiSSA" in recovery.status
+    assert weight_error(recovery.candidates[0], base) < weight_error(merged.double().mean(0), base)
+
+
+def test_updates_with_a_common_start_are_not_certified() -> None:
+    merged = started("other", (128, 128), 0.1)[1]
+    recovery = recover(merged)
+    assert recovery.stats["certificate"] in ("shared", "weak", "not_identifiable")
+    assert recovery.stats["certificate"] != "shared" or "common start" in recovery.status
+
+
+def test_a_base_with_dead_rows_is_no_part_taken_out() -> None:
+    planted = Dora(plain=(0, 1, 2), grid="fp32", size=0.05)
+    generator = torch.Generator().manual_seed(0)
+    base = BASE_STD * draw(generator, 96, 128)
+    base[:8] = 0
+    merged = torch.stack([base + low_rank(generator, (96, 128), 6, 0.05) for _ in range(3)]).float()
+    assert recover(merged).stats["certificate"] == recover(planted.merged).stats["certificate"] == "certified"

@@ -10,8 +10,10 @@ from lowra.methods.subspace_intersection.certify import WELL_CONDITIONED, Eviden
 # rank. Then rank(M_i - C) >= rank(M_i) + rank(C) - dim(col M_i, col C) - dim(row M_i, row C), the dimensions those of
 # intersections (Marsaglia and Styan 1974), and summed over the updates the dimensions are n rank(C) at least: so half
 # the updates or more have columns or rows of C among their own.
+# And what a publisher adds to all models, or takes out of the base before the first, is theirs for all the merges show.
 DETERMINED = (
-    "W is determined by the merges, up to a component that half of the updates or more share in columns or rows"
+    "W is determined by the merges, up to a component that half of the updates or more share in columns or rows and to "
+    "what was put into all models alike"
 )
 EXPECTED = "expected W-Error {predicted:.2f} before rounding to a grid"
 EXACTLY = (

@@ -39,6 +39,7 @@ from lowra.methods.subspace_intersection.solve import (
     two_models,
     without_shared,
 )
+from lowra.methods.subspace_intersection.started import started
 from lowra.methods.subspace_intersection.unscaled import unscaled
 
 # A core wider than this is not solved whole: three models first, then one step over all (see `all_models`).
@@ -169,7 +170,7 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
         contradicted=hint if contradicted else None,
         simpler=simpler,
     )
-    return Answer(
+    answer = Answer(
         estimate,
         certificate,
         sentence,
@@ -179,6 +180,8 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
         evidence.discrepancy,
         evidence.edge,
     )
+    certified = certificate in (Certificate.CERTIFIED, Certificate.WEAK)
+    return started(problem, answer, core.matrices - solution.x) if certified else answer
 
 
 def solved(

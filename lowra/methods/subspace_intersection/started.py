@@ -1,0 +1,120 @@
+"""Updates that were not started at zero: PiSSA, OLoRA, and adapters that others go on from.
+
+PiSSA (Meng et al. 2024) takes the leading part B_0 A_0 of W out of it, and trains B A from there: its siblings are
+W - B_0 A_0 + B_i A_i, and the weight that explains them by the lowest ranks is W - B_0 A_0. It has a mark. A weight
+that its own leading part was taken out of is singular, in as many directions as the updates have, and they are theirs.
+Then only a matrix of r x r numbers between known columns and rows is open, and the mean of the updates is a fair guess
+at it. OLoRA (Buyukakyuz 2024) takes the first columns of Q R = W out, and leaves half of the mark.
+
+Updates that are much alike were trained from a common start, too. Without the mark the merges do not say whether it was
+a part of W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lowra.methods.subspace_intersection.answer import Answer, Estimate
+from lowra.methods.subspace_intersection.certificates import Certificate
+from lowra.methods.subspace_intersection.problem import Problem
+
+# Rows of the weight as seen from the updates' leading columns are this much smaller than its rows are, before it is
+# looked at whole. (Half for PiSSA siblings whose changes are as large as their start.)
+SMALL = 0.7
+
+# A singular value this many times smaller than the one before it is none; half as many as an update has are a mark.
+# (Rounding W - B_0 A_0 to bfloat16 leaves a hundredth.)
+GAP = 0.02
+
+# Share of the part taken out that its rows keep, projected, where they belong there.
+BOTH = 0.5
+
+# Cosine between updates above which they are said to have had a common start. Fine-tunes by LoRA of one base on like
+# data have .3 and less.
+ALIKE = 0.8
+
+
+def started(problem: Problem, answer: Answer, updates: Tensor) -> Answer:
+    """The answer, no more certified where the updates had a start; with the part taken out put back where that shows.
+
+    updates: (n, a, b), in coordinates in which their inner products are what they are.
+    """
+    missing = taken_out(answer)
+    if missing is not None:
+        left, right = missing
+        estimate = replace(
+            answer.estimate,
+            left=torch.cat([answer.estimate.left, left.to(answer.estimate.left.dtype)], 1),
+            right=torch.cat([answer.estimate.right, right.to(answer.estimate.right.dtype)], 1),
+        )
+        certificate = Certificate.UNCERTIFIED
+        sentence = (
+            "Not certified: the weight that explains the merges by the lowest ranks is singular in directions of the "
+            "updates, as W less its own leading part is (PiSSA, OLoRA). The mean of the updates, as far as it has room "
+            f"there, is put for what was taken out. Of the rest: {answer.status}"
+        )
+        return replace(answer, estimate=estimate, certificate=certificate, status=sentence, predicted=None)
+    if alike(updates) > ALIKE:
+        certificate = Certificate.SHARED
+        why = (
+            "the updates are much alike, so that they had a common start, and the merges do not say whether it was "
+            "taken out of W before"
+        )
+        sentence = certificate.sentence(why=why, predicted=problem.in_units(answer.predicted))
+        return replace(answer, certificate=certificate, status=sentence)
+    return answer
+
+
+def alike(updates: Tensor) -> float:
+    """Mean cosine between two of the updates (n, a, b)."""
+    flat = updates.flatten(1)
+    flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+    n = flat.shape[0]
+    return float((flat.sum(0).square().sum() - n) / (n * (n - 1)))
+
+
+def taken_out(answer: Answer) -> tuple[Tensor, Tensor] | None:
+    """The part of W that seems to have been taken out of it, as factors (d, q) and (k, q); None where nothing does."""
+    estimate = answer.estimate
+    # The mean of the updates is the mean of the models less the estimate.
+    columns, triangle = torch.linalg.qr(-estimate.left.double())
+    rows, other = torch.linalg.qr(estimate.right.double())
+    left, _, right = torch.linalg.svd(triangle @ other.mT)
+    rank = max(answer.ranks, default=0)
+    if not rank:
+        return None
+    left, right = columns @ left[:, :rank], rows @ right.mT[:, :rank]
+    small = seen_from(estimate, left)
+    if small > SMALL:
+        return None
+    dense = estimate.dense(torch.float64)
+    u, values, vt = torch.linalg.svd(dense, full_matrices=False)
+    lowest = min(2 * rank, values.numel() - 1)
+    ratios = values[-lowest:] / values[-lowest - 1 : -1].clamp_min(torch.finfo(values.dtype).tiny)
+    at = int(ratios.argmin())
+    if float(ratios[at]) > GAP or 2 * (lowest - at) < rank:
+        return None
+    kept = values.numel() - (lowest - at)  # singular values that are none are left out
+    # What was taken out has its columns where W has none left, so that a projection takes much of the changes out of
+    # the mean update. PiSSA's has its rows there, too.
+    spread = -(estimate.left.double() - u[:, :kept] @ (u[:, :kept].mT @ estimate.left.double()))
+    inner = estimate.right.double()
+    both = inner - vt[:kept].mT @ (vt[:kept] @ inner)
+    if float((spread @ both.mT).norm()) > BOTH * float((spread @ inner.mT).norm()):
+        inner = both
+    return spread, inner
+
+
+def seen_from(estimate: Estimate, left: Tensor) -> float:
+    """|left^T W| for orthonormal columns (d, r), over what it would be of columns that have nothing to do with W."""
+    total, size = torch.zeros(left.shape[1], estimate.models.shape[2], dtype=torch.float64, device=left.device), 0.0
+    d = estimate.models.shape[1]
+    rows = torch.arange(d, device=left.device)
+    for part in rows.split(max(1, 2**19 // estimate.models.shape[2])):
+        weight = estimate.rows(part)
+        total += left[part].mT @ weight
+        size += float(weight.square().sum())
+    return float(total.square().sum() / left.shape[1] / max(size / d, torch.finfo(torch.float64).tiny)) ** 0.5
