@@ -283,7 +283,7 @@ def check_settings(cfg: DictConfig) -> None:
     foreign = cfg.merge.foreign
     if type(foreign) is not int or not foreign >= 0:
         raise LowraError(f"merge.foreign is {foreign!r}; expected a number of models of another base, 0 for none.")
-    if foreign and cfg.get("defence") is not None:
+    if foreign and cfg.get("defence"):
         raise LowraError("merge.foreign and defence cannot be had together; set merge.foreign=0 or defence=null.")
     for group in ("methods", "metrics"):
         if cfg.get(group) is not None and not isinstance(cfg[group], DictConfig):
@@ -376,7 +376,7 @@ def make(node: DictConfig, kind: str, name: str) -> Any:
 def make_defence(cfg: DictConfig) -> tuple[Defence | None, str]:
     """The defence of a run, None without one, and its name with its options; raises LowraError for one that is none."""
     node = cfg.get("defence")
-    if node is None:
+    if node is None or node == {}:
         return None, ""
     if not isinstance(node, DictConfig):
         known = [path.stem for path in (conf_dir() / "defence").glob("*.yaml")]

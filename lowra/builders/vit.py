@@ -48,6 +48,7 @@ from lowra.checks import (
     Names,
     OneOf,
     Positive,
+    Range,
     Rate,
     Seed,
     Share,
@@ -77,7 +78,8 @@ class VitBuilder:
     precision: "float32", or mixed "bfloat16", "float16". warmup: share of the steps.
     kind: of fine-tuning, see `lowra.builders.kinds`. kinds: what each kind has otherwise than LoRA in this recipe.
     shared_a: train only B, on one random A that is frozen and the same in all tasks: a defence against recovery, since
-        all updates then share their row space.
+        all updates then share their row space. shared_among: so many tasks in a row share one, each group its own;
+        None for all.
     seed: of everything; each task adds its own number, so that no two LoRAs start from the same A.
     """
 
@@ -102,6 +104,7 @@ class VitBuilder:
     resample: Annotated[str, OneOf(("bilinear", "bicubic"))]
     kind: Annotated[str, OneOf(KINDS)]
     shared_a: bool
+    shared_among: Annotated[int, Range(2)] | None
     seed: Seed
     use_cpu: bool
     dataset_dtype: Annotated[str, OneOf(("float32", "float16"))]
@@ -160,6 +163,8 @@ class VitBuilder:
                 f"builder.shared_a freezes a random A, and builder.kind={self.kind} has none; "
                 f"it is for {', '.join(RANDOM_A)}."
             )
+        if self.shared_among and not self.shared_a:
+            raise LowraError("builder.shared_among says how many tasks share an A; it needs builder.shared_a=true.")
 
     # ---- Building -----------------------------------------------------------------------------------------------
 
@@ -206,7 +211,7 @@ class VitBuilder:
         """The folder of base and data: LoRA's recipe's, so that models of different kinds have one base."""
         if self.kind == "lora":
             return folder
-        plain = dataclasses.replace(self, kind="lora", shared_a=False)
+        plain = dataclasses.replace(self, kind="lora", shared_a=False, shared_among=None)
         return folder.with_name(folder.name.removesuffix(recipe_key(self)) + recipe_key(plain))
 
     def _pretrain(self, mini: Miniature, folder: Path) -> dict[str, Any]:
@@ -257,7 +262,8 @@ class VitBuilder:
         before_training = weights_of(model, self.target_modules) if self.kind == "full" else {}
         peft_model = self.tuning.wrap(model)
         if self.shared_a:
-            freeze_shared_a(peft_model, self.seed)
+            group = list(TASKS).index(task) // self.shared_among if self.shared_among else 0
+            freeze_shared_a(peft_model, self.seed + group)
         trainer = self._trainer(
             peft_model,
             folder / "trainer",

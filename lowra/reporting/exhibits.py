@@ -255,10 +255,12 @@ def track(view: View) -> str | None:
     dtype, order, told = (view.setting[c] for c in ("merge_dtype", "merge_order", "knows_rank"))
     if view.setting["seed"] != 0 or view.kind_of_tuning != "lora":
         return None
+    builders = [(c.get("config") or {}).get("builder") or {} for c in view.contexts.values()]
+    if any(builder.get("shared_among") for builder in builders):
+        return None
     shared = any(
-        ((c.get("config") or {}).get("builder") or {}).get("shared_a")
-        or (((c.get("config") or {}).get("source") or {}).get("table") or {}).get("shared_a")
-        for c in view.contexts.values()
+        builder.get("shared_a") or (((c.get("config") or {}).get("source") or {}).get("table") or {}).get("shared_a")
+        for builder, c in zip(builders, view.contexts.values(), strict=True)
     )
     if shared:
         return "defended" if (dtype, order, told) == ("float32", "once", True) else None

@@ -102,6 +102,17 @@ def test_a_shared_frozen_a_is_the_same_in_all_tasks(tmp_path):
     assert not torch.equal(table.read(0).loras[0].A, table.read(1).loras[0].A)
 
 
+def test_a_frozen_a_can_be_shared_by_twos(tmp_path):
+    tasks = list(TASKS)[:4]
+    table = open_dataset(miniature(shared_a=True, shared_among=2, tasks=tasks).build(tmp_path / "vit").dataset)
+    first, second, third, fourth = table.read(0).loras
+    assert torch.equal(first.A, second.A)
+    assert torch.equal(third.A, fourth.A)
+    assert not torch.equal(first.A, third.A)
+    with pytest.raises(LowraError, match=r"needs builder\.shared_a=true"):
+        miniature(shared_among=2).check()
+
+
 def test_second_build_makes_nothing(built):
     folder, result = built
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
