@@ -24,6 +24,7 @@ MEANING = {
     "shared": ("recovered, not certified: updates share directions", "#8cc76b"),
     "weak": ("recovered, less precise: weakly conditioned", "#c6d94e"),
     "up_to_scale": ("recovered up to a scale per row or column", "#d9c95a"),
+    "up_to_rotation": ("recovered up to a rotation per head", "#d9b05a"),
     "inconsistent": ("recovered, but something contradicts it", "#f2c14e"),
     "low_signal": ("updates near the rounding: an estimate", "#f09d51"),
     "uncertified": ("estimated by a method that does not certify", "#d9a5c7"),

@@ -33,6 +33,7 @@ CERTAINTY = (
     "shared",
     "weak",
     "up_to_scale",
+    "up_to_rotation",
     "inconsistent",
     "low_signal",
     "uncertified",

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowra.bench.defences import Noise, applied
+from lowra.bench.defences import Noise, Place, Rotation, applied
+from lowra.errors import LowraError
 from lowra.methods.base import Observation, Recovery
 from lowra.methods.subspace_intersection import SubspaceIntersection
 from lowra.methods.subspace_intersection.kronecker import by_blocks, from_blocks
@@ -340,3 +341,29 @@ def test_a_base_with_dead_rows_is_no_part_taken_out() -> None:
     base[:8] = 0
     merged = torch.stack([base + low_rank(generator, (96, 128), 6, 0.05) for _ in range(3)]).float()
     assert recover(merged).stats["certificate"] == recover(planted.merged).stats["certificate"] == "certified"
+
+
+# ---- Heads that were rotated ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0.05, 0.3])
+def test_rotated_heads_are_turned_into_one_frame(size: float) -> None:
+    planted = Dora((96, 128), (4, 4, 4), size=size, grid="fp32", plain=(0, 1, 2))
+    defence = Rotation(4)
+    merged = applied(defence, planted.merged, "0.query.weight", (0, 1, 2), 0)
+    assert recover(merged).stats["certificate"] == "not_identifiable"
+    recovery = SubspaceIntersection(heads=4).recover(Observation(merged))
+    assert (recovery.stats["certificate"], recovery.stats["scales"]) == ("up_to_rotation", "heads")
+    frame = defence.release(planted.base.float(), Place("0.query.weight", 0, 0))  # of the first release
+    # The rounding of float32 three times over: of the merge, of its rotation, and of the frame compared with.
+    assert weight_error(recovery.candidates[0], frame.double()) < -17.5
+
+
+def test_heads_are_not_thought_of_where_nothing_was_rotated() -> None:
+    planted = Dora((96, 128), (4, 4, 4), plain=(0, 1, 2))
+    assert SubspaceIntersection(heads=4).recover(Observation(planted.merged)).stats["certificate"] == "certified"
+    other = Dora((96, 128), (4, 4, 4), seed=8)
+    strangers = torch.cat([planted.merged[:1], other.merged[:1], Dora((96, 128), seed=9).merged[:1]])
+    assert SubspaceIntersection(heads=4).recover(Observation(strangers)).stats["certificate"] == "not_identifiable"
+    with pytest.raises(LowraError, match="number of attention heads"):
+        SubspaceIntersection(heads=0)

@@ -1,4 +1,4 @@
-"""What the method says of its answer: nine certificates, each with its code and its sentence."""
+"""What the method says of its answer: ten certificates, each with its code and its sentence."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ class Certificate(StrEnum):
     )
     LOW_SIGNAL = "low_signal", "Low signal: {found}."
     UP_TO_SCALE = "up_to_scale", "{sentence}"
+    UP_TO_ROTATION = "up_to_rotation", "{sentence}"
     UNCERTIFIED = "uncertified", "{sentence}"
 
     def sentence(self, **facts: object) -> str:

@@ -28,6 +28,7 @@ from lowra.methods.subspace_intersection.ranges import (
     row_space,
     triplets,
 )
+from lowra.methods.subspace_intersection.rotations import unrotated
 from lowra.methods.subspace_intersection.screen import same_base
 from lowra.methods.subspace_intersection.solve import (
     Solution,
@@ -91,7 +92,8 @@ def other_kinds(problem: Problem, odd: int) -> Answer | None:
     odd: a model that differs from the first by a large rank.
     """
     solve = partial(closed_form, plain=True)
-    return rearranged(problem, odd, solve) or unscaled(problem, solve)
+    answer = rearranged(problem, odd, solve) or unscaled(problem, solve)
+    return answer or (unrotated(problem, problem.heads, solve) if problem.heads else None)
 
 
 def without_outliers(problem: Problem) -> Answer:

@@ -65,10 +65,13 @@ class SubspaceIntersection:
         does not; "auto" does where it is cheap or pays most: small layers, and half-precision merges of a finer base.
         Nothing is refined where a coarse grid has already settled every weight. Half-precision merges of a base on
         such a grid are solved cell by cell (see `half`) where `refine` and `snap` are both "auto".
+    heads: of the attention that the layer belongs to, where releases may have been rotated head by head (a defence); W
+        is then returned in the frame of the first. None thinks of no such thing.
     """
 
     snap: str = "auto"
     refine: str = "auto"
+    heads: int | None = None
 
     pretty: ClassVar[str] = "Subspace intersection"
     reference: ClassVar[str] = "lowra"
@@ -80,6 +83,8 @@ class SubspaceIntersection:
             raise unknown("snap", self.snap, ("auto", "none", *grids.GRIDS))
         if self.refine not in ("auto", "none", "weighted"):
             raise unknown("refine", self.refine, ("auto", "none", "weighted"))
+        if self.heads is not None and (type(self.heads) is not int or self.heads < 1):
+            raise LowraError(f"heads is {self.heads!r}; expected a number of attention heads, or null.")
 
     def recover(self, observation: Observation) -> Recovery:
         """Estimate W (1, d, k): float32 on the grid found, or float64 where `snap` is "none".
@@ -90,8 +95,8 @@ class SubspaceIntersection:
         also `predicted_exact` (expected share of exact weights), `sure_share`, `chi` (misfit of the worst model, 1
         where its cells explain it), `held_out_deviation` (nats by which held-out numbers are predicted worse than
         expected) and `start`; None or "" elsewhere.
-        Of merges with scales: `scales` ("rows" or "columns") and `scales_settled`, the share of them that is known.
-        Of Kronecker updates: `blocks`, how many down and across.
+        Of merges with scales: `scales` ("rows" or "columns", or "heads" that were rotated) and `scales_settled`, the
+        share of them that is known. Of Kronecker updates: `blocks`, how many down and across.
         Raises LowraError for a stack no method can work on, or one of identical models.
         """
         check_observation(observation)
@@ -106,7 +111,7 @@ class SubspaceIntersection:
         if stored is None and observation.storage != torch.float32:
             # Not what the file's header says; the finest format is believed of numbers that lie on no coarser grid.
             observation = replace(observation, storage=torch.float32)
-        problem = pose(observation).subset(kept)
+        problem = replace(pose(observation), heads=self.heads).subset(kept)
         half: HalfAnswer | None = None
         expected: float | None = None
         by_cells = stored is not None and self.snap == self.refine == "auto"
@@ -136,7 +141,8 @@ class SubspaceIntersection:
             "scales_settled": answer.settled,
             "blocks": "x".join(map(str, answer.blocks or ())),
         }
-        sure = half.chance >= SURE if half else answer.sure
+        certified = answer.certificate in (Certificate.CERTIFIED, Certificate.UP_TO_SCALE)
+        sure = (half.chance >= SURE if half else answer.sure) if certified else None
         return Recovery(weight.unsqueeze(0), answer.status, stats, sure=sure)
 
     def _solve_cells(

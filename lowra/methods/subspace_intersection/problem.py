@@ -31,7 +31,8 @@ class Problem:
 
     merged: (n, d, k), noise: of each, storage: the format they are rounded to, dtype: of the passes over the data,
     guess: columns of the first sketches, hint: the rank where it was granted. labels: the models' numbers in the
-    observation. unit: what 1 is in the observation's own scale (see `pose`).
+    observation. unit: what 1 is in the observation's own scale (see `pose`). heads:
+    see `SubspaceIntersection`.
     """
 
     merged: Tensor
@@ -43,6 +44,7 @@ class Problem:
     guess: int
     generator: torch.Generator
     unit: float = 1.0
+    heads: int | None = None
 
     def subset(self, chosen: list[int]) -> Problem:
         """The same for some of the models."""

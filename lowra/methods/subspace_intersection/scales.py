@@ -30,6 +30,9 @@ GROWTH = 4
 # Where no rank does, more columns are taken only if the ratios leave less than this share of what ones would.
 GAIN = 0.5
 
+# Of a row, this share outside of the leading directions is none.
+BLIND = 1e-9
+
 TINY = torch.finfo(torch.float64).tiny
 
 # Steps of alternation at each rank tried: so many, and on while each leaves less than this share of what was left over
@@ -222,7 +225,8 @@ class _Pair:
             inside, outside = x @ basis, rows @ basis
             product = (x * rows).sum(1) - (inside * outside)[:, :rank].sum(1)
             free = self.size[block] - inside[:, :rank].square().sum(1)
-            change[block] = product / free.clamp_min(TINY)
+            # A row that lies in the basis tells nothing of its ratio.
+            change[block] = torch.where(free > BLIND * self.size[block], product / free.clamp_min(TINY), 0)
             image[block] = outside - change[block, None].to(rest.dtype) * inside
         return change, image
 

@@ -12,6 +12,7 @@ a part of W.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -21,9 +22,10 @@ from lowra.methods.subspace_intersection.answer import Answer, Estimate
 from lowra.methods.subspace_intersection.certificates import Certificate
 from lowra.methods.subspace_intersection.problem import Problem
 
-# Rows of the weight as seen from the updates' leading columns are this much smaller than its rows are, before it is
-# looked at whole. (Half for PiSSA siblings whose changes are as large as their start.)
+# Seen from some direction of the updates' columns, the weight is smaller than from others by this factor, before it is
+# looked at whole; by the second, that is enough. (Half for PiSSA siblings whose changes are as large as their start.)
 SMALL = 0.7
+NOTHING = 0.25
 
 # A singular value this many times smaller than the one before it is none; half as many as an update has are a mark.
 # (Rounding W - B_0 A_0 to bfloat16 leaves a hundredth.)
@@ -90,13 +92,16 @@ def taken_out(answer: Answer) -> tuple[Tensor, Tensor] | None:
     small = seen_from(estimate, left)
     if small > SMALL:
         return None
+    whole = -estimate.left.double(), estimate.right.double()
     dense = estimate.dense(torch.float64)
     u, values, vt = torch.linalg.svd(dense, full_matrices=False)
     lowest = min(2 * rank, values.numel() - 1)
     ratios = values[-lowest:] / values[-lowest - 1 : -1].clamp_min(torch.finfo(values.dtype).tiny)
-    at = int(ratios.argmin())
-    if float(ratios[at]) > GAP or 2 * (lowest - at) < rank:
-        return None
+    gaps = (ratios < GAP).nonzero().flatten().tolist()
+    at = gaps[0] if gaps else lowest  # the first singular value that is none
+    if 2 * (lowest - at) < rank:
+        # Noise hides the zeros of a small start: then the mean of the models is nearer to W.
+        return whole if small < NOTHING else None
     kept = values.numel() - (lowest - at)  # singular values that are none are left out
     # What was taken out has its columns where W has none left, so that a projection takes much of the changes out of
     # the mean update. PiSSA's has its rows there, too.
@@ -109,12 +114,13 @@ def taken_out(answer: Answer) -> tuple[Tensor, Tensor] | None:
 
 
 def seen_from(estimate: Estimate, left: Tensor) -> float:
-    """|left^T W| for orthonormal columns (d, r), over what it would be of columns that have nothing to do with W."""
-    total, size = torch.zeros(left.shape[1], estimate.models.shape[2], dtype=torch.float64, device=left.device), 0.0
-    d = estimate.models.shape[1]
-    rows = torch.arange(d, device=left.device)
-    for part in rows.split(max(1, 2**19 // estimate.models.shape[2])):
+    """The smallest |u^T W| of unit vectors u in a space (d, r), over what it usually is in a space of that size."""
+    d, k = estimate.models.shape[1:]
+    total, size = torch.zeros(left.shape[1], k, dtype=torch.float64, device=left.device), 0.0
+    for part in torch.arange(d, device=left.device).split(max(1, 2**19 // k)):
         weight = estimate.rows(part)
         total += left[part].mT @ weight
         size += float(weight.square().sum())
-    return float(total.square().sum() / left.shape[1] / max(size / d, torch.finfo(torch.float64).tiny)) ** 0.5
+    rank = left.shape[1]
+    usual = math.sqrt(size / (d * k)) * (math.sqrt(k) - math.sqrt(min(rank, k / 2)))
+    return float(torch.linalg.svdvals(total)[-1]) / max(usual, torch.finfo(torch.float64).tiny)
