@@ -66,8 +66,9 @@ KINDS = {
     "mica": "B is frozen to the same singular vectors of W in all models: in that column space W stays open "
     "however many models there are. Outside of it every model shows W as it is, so that the mean is the best "
     "answer.",
-    "ia3": "W' = diag(c) W. W is known up to one scale a row, which most certificates say; like DoRA's, the "
-    "scales would be settled by a coarse grid or by one model without them.",
+    "ia3": "W' = diag(c) W. W is known up to one scale a row, which most certificates say; the mean of the scales "
+    "is all that is known of them, so that the answer is no nearer to W than the mean. Like DoRA's, they would be "
+    "settled by a coarse grid or by one model without them.",
     "loha": "The product entry by entry of two matrices of rank r has rank r^2 at most: recovered as LoRA is, "
     "while three such updates have room beside each other.",
     "lokr": "Of full rank as it stands, and of rank one, or few, once the blocks of the layer are laid out as "
@@ -75,8 +76,8 @@ KINDS = {
     "vera": "A and B are drawn from one key and shared by all models, which train diagonals: in the row space of "
     "A W stays open however many models there are, and outside of it every model shows W as it is.",
     "oft": "W' = W R, R orthogonal and block-diagonal. For each block of inputs all merges agree in W_b W_b^T and "
-    "determine nothing else of W. Not recoverable from merges alone.",
-    "full": "Differences of full rank, that nothing tells from W. The mean is the best that is known, and gains "
+    "determine nothing else of W: not recoverable from merges alone.",
+    "full": "Differences of full rank, which nothing tells from W. The mean is the best that is known, and gains "
     "as the differences cancel out.",
 }
 """Why each kind of fine-tuning can or cannot be undone, in the order of the page."""
@@ -94,10 +95,11 @@ VERDICTS = {
     "rounding": "Holds up to the step of the format, averaged over the models, like noise; here the base is finer "
     "than the format. It costs next to no accuracy and saves bytes. Never certified.",
     "rotation": "Holds against an attack that does not know it: differences have full rank, nothing is certified, "
-    "and even the mean is worse than one model. The function stays, to the rounding. An attack that knows it can "
-    "hope for W up to one rotation a head.",
+    "and even the mean is farther from W than an undefended model. The function stays, to the rounding. An attack "
+    "that knows it can hope for W up to one rotation a head.",
     "scaling": "Broken up to one scale a row: the scales' ratios are found, the updates taken off, and that is "
-    "what is certified. The scales themselves hold until one release goes without, or the base has a coarse grid.",
+    "what is certified; the numbers here, against W itself, are the scales left. They hold until one release goes "
+    "without, or the base has a coarse grid.",
     "frozen A for all": "Holds however many models there are, in the row space of A; outside of it every model "
     "shows W as it is. It costs more accuracy than any other here.",
     "frozen A by pairs": "Broken by models of three pairs: their row spaces differ. Two of one pair and one other "
@@ -270,9 +272,9 @@ def price(settings: Sequence[str], to: Path) -> list[Price]:
 # ---- The pages --------------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    "Of the ViT miniature, small models trained and attacked on one machine; the rank is not given. W-Error is the "
-    "mean over layers of log10 of the mean squared error, ± over draws: the lower, the more is given away. Mean: "
-    "the average of the models. Floor: what is left when every fine-tune's own update is known, taken off, and the "
+    "Of miniatures, small models trained and attacked on one machine; the rank is not given. W-Error is the mean "
+    "over layers of log10 of the mean squared error, ± over draws: the lower, the more is given away. Mean: the "
+    "average of the models. Floor: what is left when every fine-tune's own update is known, taken off, and the "
     "rest averaged; rounding to a grid can go below. Certificates: how many layers, over draws, got which of "
     "subspace intersection's; wrong: how many of those certified miss the prediction, or the floor, by more than a "
     "decade."
@@ -291,10 +293,14 @@ def accuracies(view: View) -> tuple[float, float]:
     return before, after
 
 
-def update_size(view: View) -> float:
-    """The mean over models of |update| / |weight|."""
-    sizes = list(view.context["build"]["update_to_weight_norm"].values())
-    return float(sum(sizes) / len(sizes))
+def quality(view: View) -> dict[str, str]:
+    """What fine-tuning reached, and how far it went, by the build's report: accuracies of ViT, losses of Mistral."""
+    build = view.context["build"]
+    if "tasks" in build:
+        before, after = accuracies(view)
+        sizes = list(build["update_to_weight_norm"].values())
+        return {"accuracy": f"{before:.3f} to {after:.3f}", "update": f"{sum(sizes) / len(sizes):.3f}"}
+    return {"loss": f"{build['sft']['before']['loss']:.3f} to {build['sft']['after']['loss']:.3f}"}
 
 
 def certificates(view: View, row: str, n: int) -> str:
@@ -312,10 +318,10 @@ def attacks(view: View) -> list[str]:
 def measured(view: View, row: str, n: int) -> dict[str, str]:
     """The cells of one attack with n models, beside the mean of the models."""
     at_n = view.numbers[view.numbers["n_loras"] == n].set_index("label")
-    mine, mean = at_n.loc[row], at_n[at_n["method"] == "mean_lora"].iloc[0]
+    mine, mean = at_n.loc[row], at_n["w_error"][at_n["method"] == "mean_lora"].mean()
     return {
         "draws": str(mine["draws"]),
-        "mean": number(mean["w_error"]),
+        "mean": number(mean),
         "subspace intersection": pair(mine["w_error"], mine["w_error_std"]),
         "floor": number(mine["floor_w_error"]),
         "exact weights": share(mine["exact_fraction"]),
@@ -325,44 +331,51 @@ def measured(view: View, row: str, n: int) -> dict[str, str]:
     }
 
 
-def kinds_page(results: Path) -> str:
-    """The page of kinds of fine-tuning."""
-    rows, texts, missing = [], [], []
-    for kind, sentence in KINDS.items():
-        found = view_of(results / "kinds" / kind / "vit" / "mini")
+def kinds_table(results: Path, subset: str) -> list[str]:
+    """The lines of one subset's table, and which kinds it lacks."""
+    rows, missing = [], []
+    for kind in KINDS:
+        found = view_of(results / "kinds" / kind / subset / "mini")
         if not found:
             missing.append(kind)
         for view in found:
-            before, after = accuracies(view)
+            table = view.numbers
             for row in attacks(view):
-                for n in sorted(set(view.numbers["n_loras"])):
+                for n in sorted(set(table["n_loras"][table["label"] == row])):
+                    one = table["w_error"][(table["n_loras"] == n) & (table["method"] == "lora_ft")]
                     cells = measured(view, row, n)
-                    single = view.numbers[(view.numbers["n_loras"] == n) & (view.numbers["method"] == "lora_ft")]
                     rows.append(
-                        {
-                            "kind": kind if view.is_plain(row) else f"{kind}, {row}",
-                            "n": str(n),
-                            "draws": cells.pop("draws"),
-                            "accuracy": f"{before:.3f} to {after:.3f}",
-                            "update": f"{update_size(view):.3f}",
-                            "one model": number(single["w_error"].iloc[0]),
-                        }
+                        {"kind": kind if view.is_plain(row) else f"{kind}, {row}", "n": str(n)}
+                        | {"draws": cells.pop("draws")}
+                        | quality(view)
+                        | {"one model": number(one.mean())}
                         | cells
                     )
-        texts.append(f"- **{kind}.** {sentence}" if found else f"- **{kind}** (no records yet). {sentence}")
+    lines = [markdown(pd.DataFrame(rows)), ""] if rows else []
+    return lines + ([f"Not run yet: {', '.join(missing)}.", ""] if missing else [])
+
+
+def kinds_page(results: Path) -> str:
+    """The page of kinds of fine-tuning."""
     lines = [
         "# Kinds of fine-tuning",
         "",
         "What models fine-tuned in each way give away of their base: `python -m lowra.run experiment=kinds -m "
-        f"builder.kind={','.join(KINDS)}`; the page is `python scripts/beyond_lora.py page`.",
+        f"builder.kind={','.join(KINDS)}`, `experiment=kinds_sft` for Mistral; the page is `python "
+        "scripts/beyond_lora.py page`.",
         f"{COLUMNS} Accuracy: of the models on their tasks' validation images, before fine-tuning (with a new head) "
-        "and after, means over tasks. Update: |W' - W| / |W|, mean over layers and models. One model: W' in place of "
-        "W.",
+        "and after, means over tasks; loss likewise. Update: |W' - W| / |W|, mean over layers and models. One model: "
+        "W' in place of W.",
         "",
-        markdown(pd.DataFrame(rows)),
+        "## ViT, float32 base",
         "",
-        *([f"Not run yet: {', '.join(missing)}.", ""] if missing else []),
-        *texts,
+        *kinds_table(results, "vit"),
+        "## Mistral SFT, bfloat16 base",
+        "",
+        *kinds_table(results, "mistral_sft"),
+        "## Why",
+        "",
+        *[f"- **{kind}.** {sentence}" for kind, sentence in KINDS.items()],
     ]
     return "\n".join(lines) + "\n"
 
@@ -380,7 +393,7 @@ def name_of(label: str) -> str:
 
 def accuracy_cell(before: float | None, after: float) -> str:
     """The accuracy under a defence, with the change where it is known."""
-    return f"{after:.3f}" if before is None else f"{after:.3f} ({after - before:+.3f})"
+    return f"{after:.4f}" if before is None else f"{after:.4f} ({after - before:+.4f})"
 
 
 def price_cells(priced: Mapping[str, Any] | None) -> dict[str, str]:
@@ -428,8 +441,8 @@ def defences_page(results: Path) -> str:
     rows = []
     for label, view, cells in found:
         for row in attacks(view):
-            for i, n in enumerate(sorted(set(view.numbers["n_loras"]))):
-                plain_row = view.is_plain(row)
+            plain_row = view.is_plain(row)
+            for i, n in enumerate(sorted(set(view.numbers["n_loras"][view.numbers["label"] == row]))):
                 numbers_ = measured(view, row, n)
                 del numbers_["draws"], numbers_["exact weights"], numbers_["time/layer"]
                 rows.append(

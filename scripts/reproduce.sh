@@ -4,9 +4,9 @@
 #   scripts/reproduce.sh synthetic   the exact method at the true layer shapes, weights only
 #   scripts/reproduce.sh published   LoWRA-Bench: scripts/reproduce.sh published device=cuda source.path=...
 #   scripts/reproduce.sh page        only the page, from what is in runs/
-#   scripts/reproduce.sh export      put what is in runs/ under results/, to be committed
-# What comes after the first word goes to every lowra.run. Stopped, it goes on where it was; what is there is not
-# computed again. It ends with runs/report.html.
+#   scripts/reproduce.sh export      put what is in runs/ under results/, to be committed; price the defences
+# What comes after the first word goes to every lowra.run, and to the pricing. Stopped, it goes on where it was; what is
+# there is not computed again. It ends with runs/report.html.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-mini}
@@ -18,8 +18,12 @@ run() { python -m lowra.run --multirun "$@" "${extra[@]}"; }
 
 folders() { find runs -type d -name records -printf '%h\n' | sort; }
 
+# Kinds of fine-tuning and defences have pages of their own (scripts/beyond_lora.py).
+is_beyond() { [[ $1 =~ ^runs/(kinds|defences|defended_all|defended_pairs)/ ]]; }
+
 page() {
-  mapfile -t found < <(folders)
+  local found=()
+  for folder in $(folders); do is_beyond "$folder" || found+=("$folder"); done
   python -m lowra.report "${found[@]}" --page runs/report.html
 }
 
@@ -31,6 +35,12 @@ case "$what" in
     run experiment=fig5,fig6,fig12,fig13
     run experiment=steps_200 subset=vit,stable_diffusion
     run experiment=defended,dpo_sft_adapter,dpo_base
+    run experiment=kinds,kinds_sft builder.kind=lora,rslora,dora,pissa,mica,ia3,loha,lokr,vera,oft,full
+    run experiment=defences defence=none,shared_component,rank_padding,rotation,scaling
+    run experiment=defences defence=noise defence.size=1e-4,1e-3,1e-2
+    run experiment=defences defence=rounding defence.format=bfloat16,float8,int8 defence.stochastic=false,true
+    run experiment=defences builder.shared_a=true results_dir=runs/defended_all
+    run experiment=defences builder.shared_a=true builder.shared_among=2 results_dir=runs/defended_pairs
     page
     ;;
   synthetic)
@@ -50,9 +60,19 @@ case "$what" in
     ;;
   export)
     folders | while read -r folder; do
-      python -m lowra.report "$folder" --to "results/${folder#runs/}" > /dev/null
-      echo "results/${folder#runs/}"
+      to=results/${folder#runs/}
+      python -m lowra.report "$folder" --to "$to" > /dev/null
+      # The records make the rest again, and nobody looks at figures of so many settings.
+      if is_beyond "$folder"; then
+        rm -f "$to"/*.png "$to"/*.svg "$to"/*.parquet "$to"/table.csv "$to"/table.tex
+        sed -i '/^!\[/,+1d' "$to/table.md"
+      fi
+      echo "$to"
     done
+    if [ -d runs/defences ]; then
+      python scripts/beyond_lora.py price "${extra[@]}"
+      python scripts/beyond_lora.py page
+    fi
     page
     cp runs/report.html results/report.html
     ;;

@@ -123,19 +123,33 @@ def test_the_layers_priced_are_those_a_run_attacks(script: ModuleType, made: Mad
             assert changed == set(tunes[0].fine_tuned)
 
 
+def rows_of(page: str) -> list[dict[str, str]]:
+    """The first table of a page."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
 def test_pages(script: ModuleType, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["beyond_lora.py", "page", "--results", str(made.results)])
     script.main()
     kinds = (made.results / "kinds" / "README.md").read_text()
-    row = next(line for line in kinds.splitlines() if line.startswith("| lora | 3 |"))
+    (row,) = rows_of(kinds)
+    assert (row["kind"], row["n"], row["draws"]) == ("lora", "3", "1")
     after = sum(task["val_accuracy"] for task in made.report["tasks"].values()) / len(TASKS)
-    assert f"to {after:.3f} |" in row
-    assert "4 " in row.split("|")[11]  # every layer has a certificate
+    assert row["accuracy"].endswith(f"to {after:.3f}")
+    (view,) = script.view_of(made.results / "kinds" / "lora" / "vit" / "mini")
+    found = view.layers.groupby("method")["w_error"].mean()
+    assert [row["one model"], row["mean"], row["subspace intersection"]] == [
+        f"{found[method]:.3f}" for method in ("lora_ft", "mean_lora", "subspace_intersection")
+    ]
+    assert sum(int(part.split()[0]) for part in row["certificates"].split(", ")) == 4  # every layer has one
     assert "Not run yet: rslora" in kinds
+    assert "Not run yet: lora" in kinds  # of Mistral
     defences = (made.results / "defences" / "README.md").read_text()
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in defences.splitlines() if "| 3 |" in line]
-    assert [cells[0] for cells in table] == ["none", "noise (size 0.001)", "rotation (heads 3)"]
+    table = rows_of(defences)
+    assert [each["defence"] for each in table] == ["none", "noise (size 0.001)", "rotation (heads 3)"]
     accuracy = made.prices["rotation (heads 3)"]["accuracy_after"]
-    assert table[2][7:9] == [f"{accuracy:.3f} (+0.000)", "100%"]
+    assert table[0]["accuracy"] == f"{after:.4f}"
+    assert (table[2]["accuracy"], table[2]["equal predictions"]) == (f"{accuracy:.4f} (+0.0000)", "100%")
     assert "Not run yet: shared component" in defences
     assert str(made.results) not in kinds + defences
