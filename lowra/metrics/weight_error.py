@@ -23,7 +23,7 @@ def weight_error(recovered: Tensor, weight: Tensor) -> float:
     """
     total = 0.0
     for a, b in zip(recovered.reshape(-1).split(_CHUNK), weight.reshape(-1).split(_CHUNK), strict=True):
-        total += float(a.double().sub_(b).square_().sum())
+        total += float(torch.sub(a.double(), b).square_().sum())  # a float64 `a` is the caller's own
     return _log(total, weight.numel())
 
 

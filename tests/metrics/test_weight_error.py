@@ -75,3 +75,10 @@ def test_the_floor_of_mixed_kinds_is_that_of_their_mean() -> None:
     stack = merge(layer)
     rest = stack.double() - torch.stack([update.delta(torch.float64) for update in layer.loras])
     assert floor_error(stack, layer) == pytest.approx(weight_error(rest.mean(0), layer.weight), abs=1e-9)
+
+
+def test_a_float64_recovery_is_left_as_it_is() -> None:
+    recovered = torch.randn(20, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before, weight = recovered.clone(), torch.zeros(20, 30)
+    assert weight_error(recovered, weight) == pytest.approx(math.log10(float(before.square().mean())))
+    assert torch.equal(recovered, before)

@@ -30,6 +30,9 @@ GROWTH = 4
 # Where no rank does, more columns are taken only if the ratios leave less than this share of what ones would.
 GAIN = 0.5
 
+# Of a row's unit vector, this share lies in the column space when it has a direction of it for itself.
+OWN = 0.9
+
 # Of a row, this share outside of the leading directions is none.
 BLIND = 1e-9
 
@@ -97,10 +100,10 @@ def row_ratio(first: Tensor, second: Tensor, noise: Noise, generator: torch.Gene
         if float(cosine.median()) < min(0.5, PARALLEL / math.sqrt(picked.numel())):
             return None
         pair = _Pair(y, x, size, noise)
-        fit = pair.grown(product / size.clamp_min(TINY), generator)
+        fit = pair.grown(torch.where(size > 0, product / size.clamp_min(TINY), 1), generator)
         if fit.explained:
-            whole = _Pair(first, second, squares(second), noise).settled(fit)
-            return whole.ratio if whole.explained else None
+            whole = _Pair(first, second, squares(second), noise).settled(pair.mended(fit))
+            return whole.ratio if whole.explained and bool((whole.ratio > 0).all()) else None
         if picked.numel() == first.shape[1] or not pair.gains(fit):
             break
     return None
@@ -195,6 +198,29 @@ class _Pair:
             if left < EXPLAINED * self.noise.std or (step + 1 >= ROUNDS and left > FALLS * before):
                 break
         return _Fit(rest.ratio[:, 0], rank, image, left < EXPLAINED * self.noise.std, values)
+
+    def mended(self, fit: _Fit) -> _Fit:
+        """The fit with rows found again that have a direction of its column space for themselves.
+
+        A row whose ratio is wrong is explained by one direction more, which is its own. The others tell what it is.
+        """
+        rest = self.rest(fit.ratio)
+        basis, values = right_vectors(rest, fit.image)
+        left = rest.times(basis[:, : fit.rank]).double() / values[: fit.rank].clamp_min(TINY)  # (d, r)
+        own = left.square().sum(1) > OWN
+        rank = fit.rank - int(own.sum())
+        if rank == fit.rank or rank < 1:
+            return fit
+        others = _Pair(self.y[~own], self.x[~own], self.size[~own], self.noise)
+        found = others.fitted(fit.ratio[~own], rank, fit.image[~own])
+        if not found.explained:
+            return fit
+        ratio = fit.ratio.clone()
+        ratio[~own] = found.ratio
+        basis, _ = right_vectors(others.rest(found.ratio), found.image)
+        change, image = self.step(self.rest(ratio), basis, rank)  # exact at once: it is linear in the ratios
+        mended = self.fitted(ratio + change, rank, image)
+        return mended if mended.explained else fit
 
     def settled(self, fit: _Fit) -> _Fit:
         """The fit iterated until its ratios stay, directions above the noise that it had missed added."""

@@ -23,13 +23,16 @@ from lowra.methods.subspace_intersection.certificates import Certificate
 from lowra.methods.subspace_intersection.problem import Problem
 
 # Seen from some direction of the updates' columns, the weight is smaller than from others by this factor, before it is
-# looked at whole; by the second, that is enough. (Half for PiSSA siblings whose changes are as large as their start.)
+# looked at whole. (Half for PiSSA siblings whose changes are as large as their start.)
 SMALL = 0.7
-NOTHING = 0.25
 
 # A singular value this many times smaller than the one before it is none; half as many as an update has are a mark.
 # (Rounding W - B_0 A_0 to bfloat16 leaves a hundredth.)
 GAP = 0.02
+
+# Cosine between a weakest direction of W and one of the updates that is no chance, and so many times that of chance.
+MET = 0.7
+BY_CHANCE = 2.5
 
 # Share of the part taken out that its rows keep, projected, where they belong there.
 BOTH = 0.5
@@ -89,10 +92,9 @@ def taken_out(answer: Answer) -> tuple[Tensor, Tensor] | None:
     if not rank:
         return None
     left, right = columns @ left[:, :rank], rows @ right.mT[:, :rank]
-    small = seen_from(estimate, left)
-    if small > SMALL:
+    turned_over = Estimate(estimate.models.mT, estimate.weights, estimate.right, estimate.left)
+    if min(seen_from(estimate, left), seen_from(turned_over, right)) > SMALL:
         return None
-    whole = -estimate.left.double(), estimate.right.double()
     dense = estimate.dense(torch.float64)
     u, values, vt = torch.linalg.svd(dense, full_matrices=False)
     lowest = min(2 * rank, values.numel() - 1)
@@ -100,8 +102,15 @@ def taken_out(answer: Answer) -> tuple[Tensor, Tensor] | None:
     gaps = (ratios < GAP).nonzero().flatten().tolist()
     at = gaps[0] if gaps else lowest  # the first singular value that is none
     if 2 * (lowest - at) < rank:
-        # Noise hides the zeros of a small start: then the mean of the models is nearer to W.
-        return whole if small < NOTHING else None
+        # Where noise or rounding hides the zeros, the weakest directions of W are those of the updates all the same.
+        wide = dense.shape[0] <= dense.shape[1]
+        weakest, own = (u[:, -rank:], left) if wide else (vt[-rank:].mT, right)
+        turned, overlaps, _ = torch.linalg.svd(weakest.mT @ own)
+        weak = weakest @ turned[:, overlaps > max(MET, BY_CHANCE * math.sqrt(rank / min(dense.shape)))]
+        if not weak.shape[1]:
+            return None
+        columns, rows = -estimate.left.double(), estimate.right.double()
+        return (weak @ (weak.mT @ columns), rows) if wide else (columns, weak @ (weak.mT @ rows))
     kept = values.numel() - (lowest - at)  # singular values that are none are left out
     # What was taken out has its columns where W has none left, so that a projection takes much of the changes out of
     # the mean update. PiSSA's has its rows there, too.

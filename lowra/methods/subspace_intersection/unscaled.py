@@ -34,6 +34,10 @@ UNSCALED = 4.0
 NEAR = 5.0
 ON_GRID = 0.97
 
+# Powers of two pass unnoticed on a grid. Rows are sure where so many standard deviations of the guess do not reach
+# them.
+SPREAD = 5.0
+
 # Entries tell a grid only where fewer than this share of all numbers lie as near to it. Candidates are tried on so many
 # of the largest entries: a third of the numbers of a grid stay on it when they are taken times 4 / 3.
 CHANCE = 0.2
@@ -235,8 +239,11 @@ def on_grid(estimate: Estimate, start: Tensor, error: float, storage: torch.dtyp
             grid_factors(estimate.rows(rows), start[rows], error, storage, dtype)
             for rows in torch.arange(d, device=start.device).split(step)
         ]
-        factors, sure, entries = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Scale(torch.where(sure, factors, start), "grid", sure, entries)
+        factors, found, entries = (torch.cat(part) for part in zip(*parts, strict=True))
+        away = (factors / start).log()
+        spread = 1.5 * float(away[found].abs().median())  # the standard deviation, if it is normal
+        sure = found & (away.abs() < math.log(2) - SPREAD * spread)
+        return Scale(torch.where(found, factors, start), "grid", sure, entries & sure[:, None])
     return None
 
 
