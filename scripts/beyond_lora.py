@@ -102,8 +102,10 @@ VERDICTS = {
     "without, or the base has a coarse grid.",
     "frozen A for all": "Holds however many models there are, in the row space of A; outside of it every model "
     "shows W as it is. It costs more accuracy than any other here.",
-    "frozen A by pairs": "Broken by models of three pairs: their row spaces differ. Two of one pair and one other "
-    "leave W open in the row space of the two.",
+    "frozen A by pairs": "Broken by models of three pairs, or by four of two: their row spaces differ. Where two "
+    "models share an A the answer gets no certificate, though it is right. Only two of one pair and one other "
+    "leave W open, in the row space of the two; one of the two draws of three models is so, which is what makes "
+    "their mean.",
     "MiCA": "Holds in the column space of B; outside of it every model shows W as it is.",
     "VeRA": "Holds in the row space of A; outside of it every model shows W as it is.",
     "PiSSA": "Holds as far as the part that all models lack cannot be put back; no certificate is fooled.",
