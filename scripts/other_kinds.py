@@ -5,8 +5,9 @@
 
 `fuzz`: an answer claims its predicted error when it is `certified` or `weak`. It is wrong when the actual error is ten
 times that (1 in W-Error) against W, unless it is right against W with what the publisher put into all models alike,
-which the certificate's sentence leaves open (`covered`). Weights that are said to be sure and are not the base's, bit
-for bit, are wrong where they are more than one in a thousand. Exit status 1 if there is either.
+which the certificate's sentence leaves open (`covered`). The weights that are said to be sure of a layer that is
+certified, or up to scales, are wrong where more than one in a thousand is not the base's, bit for bit. Exit status 1 if
+there is either.
 
 `dora`: merges of row-scaled updates, n = 3, ranks untold: the share of exact weights, by shape, size of the updates
 over the weights (in the root mean square) and movement of the magnitudes. `lokr`: W-Error against the floor by block
@@ -146,7 +147,7 @@ def plant(seed: int) -> Planted:
         if isinstance(defence, SharedComponent):
             zero = torch.zeros(1, d, k)
             shared = shared + applied(defence, zero, LAYER, (0,), seed)[0].double()
-    if kind in ("pissa", "olora") and not isinstance(defence, SharedComponent):
+    if kind in ("pissa", "olora") and defence is None:
         shared = base  # there it leaves a mark, which is to be noticed
     words = f"{kind}, {defence or 'no defence'}, n={n}, {d} x {k}, rank {rank}, size {size:.2g}, {grid}"
     return Planted(base, stack, shared, words)
@@ -199,7 +200,7 @@ def judged(planted: Planted, method: SubspaceIntersection) -> dict[str, Any]:
         if error > predicted + MISS:
             verdict = "covered" if weight_error(answer, planted.shared) <= predicted + MISS else "false"
     sure_wrong = 0
-    if recovery.sure is not None:
+    if recovery.sure is not None and stats["certificate"] in ("certified", "weak", "up_to_scale"):
         sure_wrong = min(int((recovery.sure & (answer != truth)).sum()) for truth in (planted.base, planted.shared))
         if sure_wrong <= UNSURE * int(recovery.sure.sum()):
             sure_wrong = 0

@@ -141,8 +141,7 @@ class SubspaceIntersection:
             "scales_settled": answer.settled,
             "blocks": "x".join(map(str, answer.blocks or ())),
         }
-        certified = answer.certificate in (Certificate.CERTIFIED, Certificate.UP_TO_SCALE)
-        sure = (half.chance >= SURE if half else answer.sure) if certified else None
+        sure = half.chance >= SURE if half else answer.sure
         return Recovery(weight.unsqueeze(0), answer.status, stats, sure=sure)
 
     def _solve_cells(

@@ -26,6 +26,11 @@ from lowra.methods.subspace_intersection.problem import Problem
 # looked at whole. (Half for PiSSA siblings whose changes are as large as their start.)
 SMALL = 0.7
 
+# Smaller layers than this, by their shorter side, are looked at for that without any such sign, too: for singular
+# values that the rounding of float32 leaves of none.
+LOOKED_AT = 256
+ZERO = 1e-4
+
 # A singular value this many times smaller than the one before it is none; half as many as an update has are a mark.
 # (Rounding W - B_0 A_0 to bfloat16 leaves a hundredth.)
 GAP = 0.02
@@ -62,15 +67,32 @@ def started(problem: Problem, answer: Answer, updates: Tensor) -> Answer:
             f"there, is put for what was taken out. Of the rest: {answer.status}"
         )
         return replace(answer, estimate=estimate, certificate=certificate, status=sentence, predicted=None)
+    why = ""
     if alike(updates) > ALIKE:
-        certificate = Certificate.SHARED
         why = (
             "the updates are much alike, so that they had a common start, and the merges do not say whether it was "
             "taken out of W before"
         )
+    elif min(answer.estimate.models.shape[1:]) <= LOOKED_AT and singular(answer.estimate.dense(torch.float64)):
+        why = (
+            "the weight found is singular, and the merges do not say whether it always was or a part of it was taken "
+            "out before (PiSSA, OLoRA)"
+        )
+    if why:
+        certificate = Certificate.SHARED
         sentence = certificate.sentence(why=why, predicted=problem.in_units(answer.predicted))
         return replace(answer, certificate=certificate, status=sentence)
     return answer
+
+
+def singular(weight: Tensor) -> bool:
+    """Whether a weight (d, k) has fewer directions than rows and columns that are not zero, but for rounding."""
+    rows, columns = weight.norm(dim=1), weight.norm(dim=0)
+    weight = weight[rows > ZERO * rows.max()][:, columns > ZERO * columns.max()]
+    if not weight.numel():
+        return False
+    values = torch.linalg.svdvals(weight)
+    return bool((values[1:] < ZERO * values[:-1]).any())
 
 
 def alike(updates: Tensor) -> float:
