@@ -95,17 +95,19 @@ VERDICTS = {
     "rounding": "Holds up to the step of the format, averaged over the models, like noise; here the base is finer "
     "than the format. It costs next to no accuracy and saves bytes. Never certified.",
     "rotation": "Holds against an attack that does not know it: differences have full rank, nothing is certified, "
-    "and even the mean is farther from W than an undefended model. The function stays, to the rounding. An attack "
-    "that knows it can hope for W up to one rotation a head.",
+    "and even the mean is farther from W than an undefended model. Broken by one that does "
+    "(methods.subspace_intersection.heads=3): W up to one rotation a head, in the frame of the first release, "
+    "where it goes with that release's own keys and output projection. Against W itself, as here, that does not "
+    "show. The function stays, to the rounding.",
     "scaling": "Broken up to one scale a row: the scales' ratios are found, the updates taken off, and that is "
-    "what is certified; the numbers here, against W itself, are the scales left. They hold until one release goes "
-    "without, or the base has a coarse grid.",
+    "what is certified; the numbers here, against W itself, are the scales left. In one release's own scales W "
+    "goes with that release's keys and output projection.",
     "frozen A for all": "Holds however many models there are, in the row space of A; outside of it every model "
-    "shows W as it is. It costs more accuracy than any other here.",
-    "frozen A by pairs": "Broken by models of three pairs, or by four of two: their row spaces differ. Where two "
-    "models share an A the answer gets no certificate, though it is right. Only two of one pair and one other "
-    "leave W open, in the row space of the two; one of the two draws of three models is so, which is what makes "
-    "their mean.",
+    "shows W as it is. Training B alone costs more accuracy than anything else here.",
+    "frozen A by pairs": "Costs the same, and is broken by models of three pairs, or by four of two: their row "
+    "spaces differ. Where two models share an A the answer gets no certificate, though it is right. Only two of "
+    "one pair and one other leave W open, in the row space of the two; one of the two draws of three models is so, "
+    "which is what makes their mean.",
     "MiCA": "Holds in the column space of B; outside of it every model shows W as it is.",
     "VeRA": "Holds in the row space of A; outside of it every model shows W as it is.",
     "PiSSA": "Holds as far as the part that all models lack cannot be put back; no certificate is fooled.",
