@@ -145,8 +145,13 @@ def test_scales_without_updates() -> None:
     generator = torch.Generator().manual_seed(1)
     merged = torch.stack([planted.base * (1 + 0.1 * draw(generator, 160, 1)) for _ in range(3)]).float()
     recovery = recover(merged)
-    assert recovery.stats["scales_settled"] == 1.0
+    assert (recovery.stats["certificate"], recovery.stats["scales_settled"]) == ("certified", 1.0)
+    assert recovery.stats["ranks"] == "0,0,0"
     assert planted.exact(recovery) > 0.9999
+    finer = Dora(grid="fp32").base
+    for n in (3, 5):
+        merged = torch.stack([finer * (1 + 0.1 * draw(generator, 160, 1)) for _ in range(n)]).float()
+        assert recover(merged).stats["certificate"] == "up_to_scale"
 
 
 def test_strangers_are_told_from_scaled_siblings() -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.answer import Answer, Estimate
-from lowra.methods.subspace_intersection.certificates import Certificate
+from lowra.methods.subspace_intersection.certificates import EXPECTED, Certificate
 from lowra.methods.subspace_intersection.grid import GRIDS
-from lowra.methods.subspace_intersection.noise import joined, ulp
+from lowra.methods.subspace_intersection.noise import joined, sampled_rows, ulp
 from lowra.methods.subspace_intersection.problem import Problem
 from lowra.methods.subspace_intersection.ranges import Difference, row_space
 from lowra.methods.subspace_intersection.scales import TINY, row_ratio, squares
@@ -24,6 +24,9 @@ from lowra.methods.subspace_intersection.scales import TINY, row_ratio, squares
 # Models need no scale between them where no row's ratio differs from 1 by more than this many standard errors. Those of
 # one model against another that was trained are thousands.
 ALIKE = 20.0
+
+# Levelled models whose differences are at most so many times their rounding have no updates.
+ROUNDING = 1.5
 
 # A model's scales are taken for ones where their mean square is below so many standard errors of its estimate.
 UNSCALED = 4.0
@@ -125,10 +128,8 @@ def solved_level(problem: Problem, siblings: Siblings, solve: Callable[[Problem]
     size = (1 / siblings.ratios).square().mean(1).sqrt()  # of the noise, once divided
     noise = tuple(level.scaled(float(by)) for level, by in zip(used.noise, size, strict=True))
     level = replace(used, merged=used.merged.double() / ratios, noise=noise)
-    answer = solve(level)
+    answer = without_updates(level) or solve(level)
     estimate = answer.estimate
-    if answer.certificate is Certificate.LOW_SIGNAL:  # updates below the rounding: (IA)^3 has none
-        estimate = level.mean()
     kept = [i for i, label in enumerate(used.labels) if label not in answer.outliers]
     scale = settled(level.subset(kept), estimate, siblings.ratios[kept], answer.predicted)
     factor = scale.factor[:, None]
@@ -138,7 +139,7 @@ def solved_level(problem: Problem, siblings: Siblings, solve: Callable[[Problem]
     certificate, predicted = answer.certificate, answer.predicted
     if scale.told != "twins" and not bool(scale.sure.all()):
         predicted = None
-        if certificate in (Certificate.CERTIFIED, Certificate.WEAK, Certificate.LOW_SIGNAL):
+        if certificate in (Certificate.CERTIFIED, Certificate.WEAK):
             certificate = Certificate.UP_TO_SCALE
     sure = scale.entries if answer.certificate is Certificate.CERTIFIED else None
     if sure is not None and side == "columns":
@@ -153,6 +154,21 @@ def solved_level(problem: Problem, siblings: Siblings, solve: Callable[[Problem]
         settled=float(scale.sure.double().mean()),
         sure=sure,
     )
+
+
+def without_updates(level: Problem) -> Answer | None:
+    """The mean, where levelled models differ by no more than their rounding, as (IA)^3's do; None elsewhere."""
+    _, d, k = level.merged.shape
+    rows = sampled_rows(d, k, level.merged.device)
+    first = level.merged[0, rows]
+    for model, noise in zip(level.merged[1:], level.noise[1:], strict=True):
+        rest = float((model[rows] - first).square().mean().sqrt())
+        if rest > ROUNDING * joined(level.noise[0], noise).std:
+            return None
+    predicted = -math.log10(sum(noise.std**-2 for noise in level.noise))
+    expected = EXPECTED.format(predicted=level.in_units(predicted))
+    status = f"Certified: but for scales the models agree to their rounding; {expected}."
+    return Answer(level.mean(), Certificate.CERTIFIED, status, (0,) * len(level.labels), predicted)
 
 
 @dataclass(frozen=True)
