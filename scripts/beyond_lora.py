@@ -1,6 +1,7 @@
 """Beyond LoRA, and defences: what a defence costs who publishes, and the two pages of results/ about them.
 
     python scripts/beyond_lora.py price     # on the ViT miniature: results/defences/price.json, a minute on 2 cores
+    python scripts/beyond_lora.py frames    # attacks on rotated and scaled releases: results/defences/frames.csv
     python scripts/beyond_lora.py page      # results/kinds/README.md and results/defences/README.md, from records
 
 `price` builds the miniature where it is not there, merges every LoRA into the base in float32, and lets each model
@@ -25,9 +26,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from lowra import records
-from lowra.bench.defences import Defence, Place, Rotation, Rounding, Scaling
+from lowra.bench.defences import Defence, Place, Rotation, Rounding, Scaling, applied
+from lowra.bench.merging import merge
 from lowra.bench.sources import make_source
 from lowra.files import replacing
+from lowra.methods.base import Observation
+from lowra.methods.subspace_intersection import SubspaceIntersection
+from lowra.metrics.weight_error import weight_error
 from lowra.paths import conf_dir, register_resolvers
 from lowra.plan import make_defence
 from lowra.reporting.numbers import duration, number, pair, share
@@ -35,7 +40,7 @@ from lowra.reporting.tables import markdown
 from lowra.reporting.views import View, views
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-PRICE = Path("defences") / "price.json"
+PRICE, FRAMES = Path("defences") / "price.json", Path("defences") / "frames.csv"
 
 # The defences that are priced, as the settings of a run name them.
 VARIANTS: tuple[tuple[str, ...], ...] = (
@@ -273,6 +278,55 @@ def price(settings: Sequence[str], to: Path) -> list[Price]:
     return found
 
 
+# ---- In a release's own frame ----------------------------------------------------------------------------------
+
+
+def frames(settings: Sequence[str], to: Path, sizes: Sequence[int] = (3, 5)) -> list[dict[str, Any]]:
+    """How near W comes in the frame of the first release, where the function is left alone, and write `to`.
+
+    Rotated or scaled releases show W up to the rotation (scales) of one of them, in which it goes with the keys and the
+    output projection of that release. So it is compared with W rotated as the first release is, or with its rows scaled
+    as fits best. The first n models of the ViT miniature, each layer; settings: as for `lowra.run`.
+    """
+    cfg = composed(*settings, "subset=vit", "source=mini")
+    table = make_source(cfg).open().table
+    heads = int(cfg.builder.miniature.heads)
+    scaling, _ = make_defence(composed(*settings, "defence=scaling"))
+    assert scaling is not None
+    attacked: list[tuple[Defence, SubspaceIntersection]] = [
+        (Rotation(heads), SubspaceIntersection(heads=heads)),
+        (scaling, SubspaceIntersection()),
+    ]
+    rows: list[dict[str, Any]] = []
+    for defence, method in attacked:
+        for n in sizes:
+            errors, certificates = [], []
+            for index, info in enumerate(table.infos):
+                layer = table.read(index, range(n))
+                released = applied(defence, merge(layer), info.label, tuple(range(n)), int(cfg.seed))
+                recovery = method.recover(Observation(released))
+                found, weight = recovery.candidates[0].double(), layer.weight.double()
+                if isinstance(defence, Rotation):
+                    weight = defence.release(layer.weight, Place(info.label, 0, int(cfg.seed))).double()
+                else:
+                    found = found * ((found * weight).sum(1) / found.square().sum(1))[:, None]
+                errors.append(weight_error(found, weight))
+                certificates.append(str(recovery.stats["certificate"]))
+            rows.append(
+                {
+                    "defence": type(defence).__name__.lower(),
+                    "n": n,
+                    "W-Error in its frame": sum(errors) / len(errors),
+                    "worst layer": max(errors),
+                    "certificates": ", ".join(f"{certificates.count(c)} {c}" for c in sorted(set(certificates))),
+                }
+            )
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(to) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.4f")
+    return rows
+
+
 # ---- The pages --------------------------------------------------------------------------------------------------
 
 COLUMNS = (
@@ -364,8 +418,8 @@ def kinds_page(results: Path) -> str:
     lines = [
         "# Kinds of fine-tuning",
         "",
-        "What models fine-tuned in each way give away of their base: `python -m lowra.run experiment=kinds -m "
-        f"builder.kind={','.join(KINDS)}`, `experiment=kinds_sft` for Mistral; the page is `python "
+        "What models fine-tuned in each way give away of their base: `python -m lowra.run experiment=kinds "
+        f"builder.kind={','.join(KINDS)} -m`, `experiment=kinds_sft` for Mistral; the page is `python "
         "scripts/beyond_lora.py page`.",
         f"{COLUMNS} Accuracy: of the models on their tasks' validation images, before fine-tuning (with a new head) "
         "and after, means over tasks; loss likewise. Update: |W' - W| / |W|, mean over layers and models. One model: "
@@ -410,6 +464,19 @@ def price_cells(priced: Mapping[str, Any] | None) -> dict[str, str]:
         "logits differ by": f"{priced['largest_logit_difference']:.1e}",
         "bytes/weight": f"{priced['bytes_per_weight']:.3g}",
     }
+
+
+def framed(path: Path) -> list[str]:
+    """The table of `frames`, where there is one."""
+    if not path.exists():
+        return []
+    return [
+        "Rotated and scaled releases leave W open up to the rotation or the scales of one of them, in which the "
+        "model's function is what it was. W-Error against W in that frame (`python scripts/beyond_lora.py frames`):",
+        "",
+        markdown(pd.read_csv(path, dtype=str)),
+        "",
+    ]
 
 
 def defences_page(results: Path) -> str:
@@ -460,11 +527,11 @@ def defences_page(results: Path) -> str:
         "# Defences",
         "",
         "What is still recovered from models whose publishers defend themselves, and what that costs them. Defences "
-        "done to the weights are files of `conf/defence`: `python -m lowra.run experiment=defences -m "
-        "defence=none,noise,shared_component,rank_padding,rounding,rotation,scaling`, options as `defence.size=1e-2`. "
-        "Those that are a way of training are `builder.shared_a=true`, with `builder.shared_among=2` for pairs, and "
-        "`builder.kind` (see [kinds](../kinds/README.md)). Prices are from `python scripts/beyond_lora.py price`, the "
-        "page is `python scripts/beyond_lora.py page`.",
+        "done to the weights are files of `conf/defence`: `python -m lowra.run experiment=defences "
+        "defence=none,noise,shared_component,rank_padding,rounding,rotation,scaling -m`, options as "
+        "`defence.size=1e-2`. Those that are a way of training are `builder.shared_a=true`, with "
+        "`builder.shared_among=2` for pairs, and `builder.kind` (see [kinds](../kinds/README.md)). Prices are from "
+        "`python scripts/beyond_lora.py price`, the page is `python scripts/beyond_lora.py page`.",
         COLUMNS,
         "",
         "Price, in the first row of each: mean validation accuracy of the fine-tunes (in brackets: against none), the "
@@ -474,6 +541,7 @@ def defences_page(results: Path) -> str:
         markdown(pd.DataFrame(rows)),
         "",
         *([f"Not run yet: {', '.join(missing)}.", ""] if missing else []),
+        *framed(results / FRAMES),
         *[f"- **{name[0].upper()}{name[1:]}.** {sentence}" for name, sentence in VERDICTS.items() if name != "none"],
     ]
     return "\n".join(lines) + "\n"
@@ -501,11 +569,18 @@ def main() -> None:
         "settings", nargs="*", metavar="KEY=VALUE", help="settings of lowra.run, such as cache_dir=..."
     )
     pricing.add_argument("--to", type=Path, default=RESULTS / PRICE, metavar="FILE")
+    framing = commands.add_parser("frames", help="judge attacks on rotated and scaled releases in a release's frame")
+    framing.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="settings of lowra.run, such as cache_dir=..."
+    )
+    framing.add_argument("--to", type=Path, default=RESULTS / FRAMES, metavar="FILE")
     paging = commands.add_parser("page", help="write the pages")
     paging.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the records lie")
     arguments = parser.parse_args()
     if arguments.command == "price":
         print(pd.DataFrame(map(asdict, price(arguments.settings, arguments.to))).to_string(index=False))
+    elif arguments.command == "frames":
+        print(pd.DataFrame(frames(arguments.settings, arguments.to)).to_string(index=False))
     else:
         page(arguments.results)
 
