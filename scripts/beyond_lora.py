@@ -63,17 +63,17 @@ KINDS = {
     "common beside independent updates of low rank is W.",
     "rslora": "LoRA by another scale: recovered like it.",
     "dora": "W' = diag(c) (W + M). The low-rank part is taken off, but every row keeps a scale, of which n models "
-    "show only the ratios. The base is float32 here and no model has c = 1: W is known up to one scale a row, "
-    "which the certificate says, and the geometric mean is returned. A base stored in bfloat16, or one plain LoRA "
-    "among the models, would settle the scales.",
+    "show only the ratios. Mistral's base is on the grid of bfloat16, which settles them: W comes back bit for bit. "
+    "ViT's is float32, and no model has c = 1: W is known up to one scale a row, which the certificate says, and the "
+    "norms of the rows as trained are the guess. One plain LoRA among the models would settle the scales, too.",
     "pissa": "All siblings lack the same leading part of W, and what they have in common is W without it. That is "
     "noticed, the part is put back as far as it is known, and nothing is certified.",
     "mica": "B is frozen to the same singular vectors of W in all models: in that column space W stays open "
     "however many models there are. Outside of it every model shows W as it is, so that the mean is the best "
     "answer.",
-    "ia3": "W' = diag(c) W. W is known up to one scale a row, which most certificates say; the mean of the scales "
-    "is all that is known of them, so that the answer is no nearer to W than the mean. Like DoRA's, they would be "
-    "settled by a coarse grid or by one model without them.",
+    "ia3": "W' = diag(c) W. W is known up to one scale a row; the mean of the scales is all that is known of them, so "
+    "that the answer is no nearer to W than the mean. A coarse grid (Mistral's) tells a scale up to powers of two, "
+    "and these scales move too far for more; a model without them would settle them.",
     "loha": "The product entry by entry of two matrices of rank r has rank r^2 at most: recovered as LoRA is, "
     "while three such updates have room beside each other.",
     "lokr": "Of full rank as it stands, and of rank one, or few, once the blocks of the layer are laid out as "

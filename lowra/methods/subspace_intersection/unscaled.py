@@ -259,7 +259,8 @@ def on_grid(estimate: Estimate, start: Tensor, error: float, storage: torch.dtyp
         away = (factors / start).log()
         spread = 1.5 * float(away[found].abs().median())  # the standard deviation, if it is normal
         sure = found & (away.abs() < math.log(2) - SPREAD * spread)
-        return Scale(torch.where(found, factors, start), "grid", sure, entries & sure[:, None])
+        # A wrong octave is worse than the guess.
+        return Scale(torch.where(sure, factors, start), "grid", sure, entries & sure[:, None])
     return None
 
 
