@@ -284,7 +284,7 @@ def check_settings(cfg: DictConfig) -> None:
     if type(foreign) is not int or not foreign >= 0:
         raise LowraError(f"merge.foreign is {foreign!r}; expected a number of models of another base, 0 for none.")
     if foreign and cfg.get("defence"):
-        raise LowraError("merge.foreign and defence cannot be had together; set merge.foreign=0 or defence=null.")
+        raise LowraError("merge.foreign and defence cannot be had together; set merge.foreign=0 or defence=none.")
     for group in ("methods", "metrics"):
         if cfg.get(group) is not None and not isinstance(cfg[group], DictConfig):
             raise LowraError(f"{group} is {cfg[group]!r}; expected names of files in conf/{group}, such as {group}=[].")
