@@ -25,6 +25,17 @@ class Estimate:
     left: Tensor
     right: Tensor
 
+    @classmethod
+    def of(cls, weight: Tensor) -> Estimate:
+        """A weight (d, k) that is known entry by entry."""
+        d, k = weight.shape
+        return cls(weight.unsqueeze(0), [1.0], weight.new_zeros(d, 0), weight.new_zeros(k, 0))
+
+    @property
+    def mT(self) -> Estimate:
+        """The same of W^T."""
+        return Estimate(self.models.mT, self.weights, self.right, self.left)
+
     def rows(self, picked: Tensor) -> Tensor:
         """Some rows, (rows, k) float64."""
         return replace(self, models=self.models[:, picked], left=self.left[picked]).dense(torch.float64)

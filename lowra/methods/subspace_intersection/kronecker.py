@@ -38,10 +38,7 @@ def rearranged(problem: Problem, odd: int, solve: Callable[[Problem], Answer]) -
     answer = solve(replace(problem, merged=by_blocks(problem.merged, *shape), guess=OVERSAMPLING, hint=None))
     if not answer.ranks:
         return None
-    dense = answer.estimate.dense(torch.float64)
-    weight = from_blocks(dense, *shape, d, k)
-    empty = dense.new_zeros(0)
-    estimate = Estimate(weight.unsqueeze(0), [1.0], empty.new_zeros(d, 0), empty.new_zeros(k, 0))
+    estimate = Estimate.of(from_blocks(answer.estimate.dense(torch.float64), *shape, d, k))
     p, q = shape
     status = (
         f"The updates are Kronecker products (as LoKr's), of {p} x {q} blocks of {d // p} x {k // q} numbers; ranks "

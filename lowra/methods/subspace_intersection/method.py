@@ -192,7 +192,7 @@ class SubspaceIntersection:
         if refine:
             used = problem.subset([i for i, label in enumerate(problem.labels) if label not in answer.outliers])
             weight = refined(used, estimate.dense(torch.float64), ranks)
-            estimate = Estimate(weight.unsqueeze(0), [1.0], weight.new_zeros(d, 0), weight.new_zeros(k, 0))
+            estimate = Estimate.of(weight)
         weight = grid.rounded(estimate)
         return weight, replace(answer, grid=grid.name), returned_error(answer, problem, grid, weight, refined=refine)
 

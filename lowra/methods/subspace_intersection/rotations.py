@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowra.methods.subspace_intersection.answer import Answer, Estimate
+from lowra.methods.subspace_intersection.answer import Answer
 from lowra.methods.subspace_intersection.certificates import Certificate
 from lowra.methods.subspace_intersection.noise import Noise, joined
 from lowra.methods.subspace_intersection.problem import Problem
@@ -51,13 +51,7 @@ def unrotated(problem: Problem, heads: int, solve: Callable[[Problem], Answer]) 
     certificate = answer.certificate
     if certificate in (Certificate.CERTIFIED, Certificate.WEAK):
         certificate = Certificate.UP_TO_ROTATION
-    weight = answer.estimate.dense(torch.float64)
-    empty = weight.new_zeros(0)
-    d, k = weight.shape
-    estimate = Estimate(weight.unsqueeze(0), [1.0], empty.new_zeros(d, 0), empty.new_zeros(k, 0))
-    return replace(
-        answer, estimate=estimate, certificate=certificate, status=status, predicted=None, scaled="heads", settled=0.0
-    )
+    return replace(answer, certificate=certificate, status=status, predicted=None, scaled="heads", settled=0.0)
 
 
 def head_rotations(

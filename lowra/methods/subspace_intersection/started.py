@@ -114,8 +114,7 @@ def taken_out(answer: Answer) -> tuple[Tensor, Tensor] | None:
     if not rank:
         return None
     left, right = columns @ left[:, :rank], rows @ right.mT[:, :rank]
-    turned_over = Estimate(estimate.models.mT, estimate.weights, estimate.right, estimate.left)
-    if min(seen_from(estimate, left), seen_from(turned_over, right)) > SMALL:
+    if min(seen_from(estimate, left), seen_from(estimate.mT, right)) > SMALL:
         return None
     dense = estimate.dense(torch.float64)
     u, values, vt = torch.linalg.svd(dense, full_matrices=False)

@@ -76,7 +76,7 @@ def unscaled(problem: Problem, solve: Callable[[Problem], Answer]) -> Answer | N
         if first.scaled and 2 * len(first.members) > len(problem.labels):
             answer = solved_level(turned, first, solve, side)
             if side == "columns":
-                answer = replace(answer, estimate=transposed(answer.estimate))
+                answer = replace(answer, estimate=answer.estimate.mT)
             return with_strangers(answer, problem, first)
     return None
 
@@ -105,11 +105,6 @@ def sibling_groups(problem: Problem) -> list[Siblings]:
             groups.append([(i, one)])
     groups.sort(key=lambda group: -len(group))
     return [Siblings([i for i, _ in group], torch.stack([ratio for _, ratio in group])) for group in groups]
-
-
-def transposed(estimate: Estimate) -> Estimate:
-    """The estimate of W^T as one of W."""
-    return Estimate(estimate.models.mT, estimate.weights, estimate.right, estimate.left)
 
 
 def with_strangers(answer: Answer, problem: Problem, siblings: Siblings) -> Answer:
