@@ -19,6 +19,10 @@ FAR = 11.5
 # Score and curvature go on linearly from here on, as those of a normal density about the edge of the cell.
 EDGE = 6.0
 
+# Beyond so many deviations a tail adds nothing to one that is within `EDGE`. Exponentials that underflow take ten times
+# as long as others.
+NOTHING = 9.0
+
 
 def upper_tail(deviations: Tensor) -> Tensor:
     """Q(x) of the standard normal distribution."""
@@ -27,9 +31,11 @@ def upper_tail(deviations: Tensor) -> Tensor:
 
 def log_probability(t: Tensor, h: Tensor) -> Tensor:
     """Log of the probability of the cell, for distance |t| from its centre and half width h in deviations."""
-    inner, outer = t.abs() - h, t.abs() + h
-    inside = upper_tail(inner).sub_(upper_tail(outer)).clamp_(min=1e-30).log_()
-    beyond = inner.clamp_(min=0).square_().sub_(FAR**2).clamp_(min=0)
+    away = t.abs()
+    outer = torch.add(away, h).clamp_(max=FAR)
+    inner = away.sub_(h)
+    beyond = inner.clamp(min=FAR).square_().sub_(FAR**2)
+    inside = upper_tail(inner.clamp_(max=FAR)).sub_(upper_tail(outer)).clamp_(min=1e-30).log_()
     return inside.add_(beyond, alpha=-0.5)
 
 
@@ -38,10 +44,11 @@ def score_and_curvature(t: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
     t = (centre - mean) / sd with its sign; same shapes.
     """
-    away = t.abs()
-    beyond = (away - h).sub_(EDGE).clamp_(min=0)
-    inner = away.sub_(h).sub_(beyond)
-    outer = torch.add(inner, h, alpha=2)
+    inner = t.abs().sub_(h)
+    beyond = inner.sub(EDGE).clamp_(min=0)
+    inner.sub_(beyond)
+    outer = torch.add(inner, h, alpha=2).clamp_(max=NOTHING)
+    inner.clamp_(min=-NOTHING)
     mass = upper_tail(inner).sub_(upper_tail(outer)).clamp_(min=1e-30).mul_(math.sqrt(2 * math.pi))
     near, far = inner.square().mul_(-0.5).exp_(), outer.square().mul_(-0.5).exp_()
     score = (near - far).div_(mass)

@@ -87,7 +87,7 @@ class Sweep:
     def run(self, *, keep: bool = True, last: bool = False) -> Decoded:
         """Decode, and renew the sites in place. keep: hand back the weights. last: leave the sites as they are."""
         _, d, k = self.cells.stack.shape
-        found = Decoded(evidence=Evidence(self._tried()))
+        found = Decoded(evidence=Evidence(self._tried(), self.cells.base))
         if keep:
             found.weight = self.cells.stack.new_empty(d, k)
             found.chance = self.cells.stack.new_empty(d, k, dtype=torch.float16)

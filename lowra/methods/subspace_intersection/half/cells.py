@@ -15,6 +15,9 @@ from torch import Tensor
 # Moves a number that is a power of two below it, and no other number of a half-precision format out of its binade.
 BELOW = 1 - 2.0**-12
 
+# Powers of two up to this, in the units of the numbers, need not be told from others: their cells are nothing.
+TINY = 2.0**-60
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -46,16 +49,13 @@ class Grid:
     def cell(self, number: Tensor) -> tuple[Tensor, Tensor]:
         """Centre and half width of the cells of numbers of the grid."""
         exponent = power(number)
-        lopsided = (number.abs() == exponent).logical_and_(exponent > self.tiny)
-        half = floored(exponent, self.tiny).mul_(self.eps).mul_(0.5)
-        shift = lopsided.float().mul_(half).mul_(0.25)
-        centre = torch.addcmul(number, number.sign(), shift)
-        return centre, half.sub_(shift)
-
-    def only(self, model: int) -> Grid:
-        """The grid of one model where eps and tiny are tensors (n, 1, 1)."""
-        pick = (part[model].item() if isinstance(part, Tensor) else part for part in (self.eps, self.tiny))
-        return Grid(*pick)
+        half = exponent.clamp(min=self.tiny).mul_(self.eps / 2)
+        # A quarter of the half width at powers of two. Others lie at least two half widths above theirs.
+        shift = number.abs().sub_(exponent).sub_(half, alpha=0.25).neg_().clamp_(min=0)
+        if isinstance(self.tiny, Tensor) or self.tiny > TINY:
+            shift.masked_fill_(exponent <= self.tiny, 0)
+        half.sub_(shift)
+        return shift.copysign_(number).add_(number), half
 
 
 def grid_of(dtype: torch.dtype, scale: float = 1.0) -> Grid:

@@ -8,6 +8,7 @@ explanation from a right one: a false one fits the cells it was made from, and i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,47 +28,73 @@ CLEARLY = 0.002
 LEAST = -20.0
 
 
+@dataclass(frozen=True)
+class Question:
+    """Held-out numbers of some rows, and what is known of their places.
+
+    stored, model: (q,), and the grids of those models. centre, widths: (n, q) of all cells there less their updates,
+    the held-out ones widened. spreads: (n, q) variances of the updates, and `rest` what is added whatever the factor.
+    """
+
+    stored: Tensor
+    model: Tensor
+    own: Grid
+    centre: Tensor
+    widths: Tensor
+    spreads: Tensor
+    rest: Tensor
+
+
 @dataclass
 class Evidence:
     """Log probabilities of the held-out numbers, and what the predictions expected them to be, under some variances.
 
-    factors: of the updates' variances: 1, and some around the one in use. Rows of `actual` and `expected` (f, q).
+    factors: of the updates' variances: 1, and some around the one in use. base: the grid of W. What is expected takes a
+    dozen times as long to tell as what is so, and is told only when asked for.
     """
 
     factors: tuple[float, ...]
-    actual: list[Tensor] = field(default_factory=list)
-    expected: list[Tensor] = field(default_factory=list)
+    base: Grid | None = None
+    asked: list[Question] = field(default_factory=list)
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Means over the held-out cells under each factor, (f,)."""
-        if not self.actual:
-            zero = torch.zeros(len(self.factors), dtype=torch.float64)
-            return zero, zero
-        return torch.cat(self.actual, 1).double().mean(1), torch.cat(self.expected, 1).double().mean(1)
+    @cached_property
+    def actual(self) -> Tensor:
+        """Mean log probability under each factor, (f,)."""
+        return self._means(self.factors, expecting=False)[0]
 
-    @property
+    @cached_property
     def best(self) -> int:
         """Index of the factor that predicts best; 0, that of the one in use, unless another is clearly better."""
-        actual, _ = self.means()
-        index = int(actual.argmax())
-        return index if float(actual[index] - actual[0]) > CLEARLY else 0
+        index = int(self.actual.argmax())
+        return index if float(self.actual[index] - self.actual[0]) > CLEARLY else 0
 
     @property
     def likelihood(self) -> float:
         """Mean log probability of a held-out number, in nats, under the best factor."""
-        return float(self.means()[0].max())
+        return float(self.actual.max())
 
-    @property
+    @cached_property
     def deviation(self) -> float:
         """Under factor 1, the same less its expectation: near 0 for a right explanation, negative for a wrong one."""
-        actual, expected = self.means()
-        return float(actual[-1] - expected[-1])
+        return self._deviation(1.0)
 
-    @property
+    @cached_property
     def calibrated_deviation(self) -> float:
         """The same under the best factor."""
-        actual, expected = self.means()
-        return float((actual - expected)[self.best])
+        return self._deviation(self.factors[self.best])
+
+    def _deviation(self, factor: float) -> float:
+        actual, expected = self._means((factor,), expecting=True)
+        return float(actual - expected)
+
+    def _means(self, factors: tuple[float, ...], *, expecting: bool) -> tuple[Tensor, Tensor]:
+        """Means over the held-out numbers under some factors, (f,) each; the second is 0 unless asked for."""
+        if not self.asked:
+            zero = torch.zeros(len(factors), dtype=torch.float64)
+            return zero, zero
+        found = [predicted(self.base, question, factors, expecting=expecting) for question in self.asked]
+        actual, expected = (torch.cat(values, 1).double().mean(1) for values in zip(*found, strict=True))
+        return actual, expected
 
 
 def evidence(
@@ -85,25 +112,27 @@ def evidence(
         return
     stored = cells.stack[model, row, column] * cells.scale  # (q,)
     local = row - rows.start
-    centre, widths, spreads, rests = (
-        values.expand_as(half)[:, local, column] for values in (target, half, variance, rest)
-    )  # (n, q)
+    known = (values.expand_as(half)[:, local, column] for values in (target, half, variance, rest))  # (n, q) each
     grids = [grid_of(dtype, cells.scale) for dtype in cells.dtypes]
     own = Grid(stored.new_tensor([g.eps for g in grids])[model], stored.new_tensor([g.tiny for g in grids])[model])
-    factors = centre.new_tensor(found.factors)[:, None, None]
-    actual, expected = predicted(cells.base, own, stored, model, centre, widths, spreads * factors + rests)
-    found.actual.append(actual)
-    found.expected.append(expected)
+    found.asked.append(Question(stored, model, own, *known))
 
 
 def predicted(
-    base: Grid | None, own: Grid, stored: Tensor, model: Tensor, centre: Tensor, widths: Tensor, spreads: Tensor
+    base: Grid | None, question: Question, factors: tuple[float, ...], *, expecting: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log probability of stored numbers (q,) of some models, and its expectation, (f, q) each.
+    """Log probability of the stored numbers, and its expectation where asked for (else 0), (f, q) each.
 
-    centre, widths: (n, q) what all models say there; spreads: (f, n, q) variances of the updates, in several versions,
-    of which the first decides where to look.
+    The first of the factors decides where to look.
     """
+    stored, model, own, centre, widths = (
+        question.stored,
+        question.model,
+        question.own,
+        question.centre,
+        question.widths,
+    )
+    spreads = question.spreads * centre.new_tensor(factors)[:, None, None] + question.rest  # (f, n, q)
     q = torch.arange(len(model), device=model.device)
     # The own model's target is the centre of its cell less its update.
     update = own.cell(stored)[0] - centre[model, q]
@@ -111,10 +140,12 @@ def predicted(
     precision = 1 / (widths.square() / 3 + spreads)
     total = precision.sum(1)  # (f, q)
     what = (precision * centre).sum(1) / total
-    seen = around(own, what[0] + update, SIDES_STORED)  # (s, q)
-    edges_centre, edges_half = own.cell(torch.cat([seen, stored[None]]))  # (s + 1, q)
+    seen = stored[None]
+    if expecting:
+        seen = torch.cat([around(own, what[0] + update, SIDES_STORED), seen])
+    edges_centre, edges_half = own.cell(seen)  # (s, q)
     middle = edges_centre - (what + update)[:, None]
-    probability = mass(middle, edges_half, (spread + 1 / total).sqrt()[:, None])  # (f, s + 1, q)
+    probability = mass(middle, edges_half, (spread + 1 / total).sqrt()[:, None])  # (f, s, q)
     if base is not None:
         broad = 1 / total > (WIDE * base.spacing(what)) ** 2
         candidates = around(base, what[0], SIDES_BASE)  # (g, q)

@@ -13,7 +13,7 @@ from lowra.methods.subspace_intersection.half import levels
 from lowra.methods.subspace_intersection.half.cavity import SURE, Decoded, Sweep
 from lowra.methods.subspace_intersection.half.cells import format_of, grid_of
 from lowra.methods.subspace_intersection.half.fit import Factors, Variances, qr_of
-from lowra.methods.subspace_intersection.half.rounds import FROM_AFAR, FROM_NEARBY, MOST, SLACK, Run, converge
+from lowra.methods.subspace_intersection.half.rounds import FROM_NEARBY, MOST, SLACK, Run, approached, converge
 from lowra.methods.subspace_intersection.half.signal import update_sizes
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, hold_out, plain_sites, unit
 from lowra.methods.subspace_intersection.half.start import factored, vote
@@ -32,9 +32,13 @@ MODELS, MISFIT, DEVIATION, OVERCONFIDENCE = 3, 1.1, -0.05, -0.15
 # updates have .4 to .7, with a cosine of .8 between their spaces .87, with one of .99 .993.
 SHARED = 0.95
 
-# Updates below this many cells, in root mean square, are fitted from the vote at the full clip: only the smallest
-# weights show them. And the vote is tried at all up to the second.
-FAINT, VOTE = 0.35, 1.5
+# Updates below this many cells, in root mean square, are fitted from the vote before they are from the closed form,
+# which sees too few of their directions. And the vote is tried at all up to the second.
+FAINT, VOTE = 0.7, 1.5
+
+# Sizes of updates, in cells, up to which a vote is approached at a clip, the first that holds first: the fainter the
+# updates, the more only the smallest weights show them.
+APPROACHES = ((0.2, 1000.0), (0.6, 30.0), (math.inf, 3.0))
 
 # Nats by which the held-out cells must prefer a base on no grid.
 OFF_GRID = 0.02
@@ -45,10 +49,7 @@ COARSER = 0.6
 # Predicted share above which an answer that is certified is compared neither with the vote nor with a base on no grid.
 EASY = 0.97
 
-# Rounds of a start that is a last resort.
-LAST_RESORT = 10
-
-AT_ONCE = (1000.0,)
+# Clips of the rounds that finish what a part began.
 FINISH = (30.0, 300.0, 1000.0)
 
 
@@ -185,14 +186,15 @@ class Recoverer:
             return self._answer(alone, "vote", base, scale, tried)
         part = levels.choose_part((d, k), self.hint or max(self.counted, LIKELY), self.generator, self.stack.device)
         cells, estimate = whole, self.estimate
+        calm_rounds = 2 if part is None else 1  # the whole layer has rounds of its own
         if part is not None:
             stack = part.of(self.stack)
             cells = replace(whole, stack=stack, held=hold_out(stack, self.generator))
             estimate = None if estimate is None else part.of(estimate)
-        name, run = self._chosen(cells, estimate, tried)
+        name, run = self._chosen(cells, estimate, tried, calm_rounds)
         if max(run.misfit) > MISFIT:
             other = replace(cells, twice=True)
-            again, rerun = self._chosen(other, estimate, tried, " of updates rounded before")
+            again, rerun = self._chosen(other, estimate, tried, calm_rounds, " of updates rounded before")
             if rerun.likelihood > run.likelihood + SLACK:
                 name, run, cells = again, rerun, other
         if base == torch.float16:
@@ -254,47 +256,48 @@ class Recoverer:
         )
 
     def _chosen(
-        self, cells: Cells, estimate: Tensor | None, tried: dict[str, float], label: str = ""
+        self, cells: Cells, estimate: Tensor | None, tried: dict[str, float], calm_rounds: int, label: str = ""
     ) -> tuple[str, Run]:
         """The start whose rounds predict the held-out cells best."""
         best: tuple[str, Run] | None = None
         n = len(cells.stack)
         sizes = update_sizes(cells).sort().values
         faint = float(sizes[min(1, n - 1)]) / cell_size(cells)  # the two smallest updates decide a vote
-        for name, weight, rank, clips, last_resort in self._starts(cells, estimate, faint):
-            if best is not None and (last_resort or faint > FAINT) and certifiable(best[1], n, self.hint):
-                continue
-            if best is not None and last_resort and shared_direction(best[1].factors) >= SHARED:
-                continue  # no start finds what the merges do not show
-            factors = factored(cells.stack * cells.scale, weight * cells.scale, [rank] * n, self.generator)
-            run = converge(cells, factors, clips, most=LAST_RESORT if last_resort else MOST)
+        for name, factors in self._starts(cells, estimate, faint):
+            run = converge(cells, factors, FROM_NEARBY, calm_rounds=calm_rounds)
             tried[name + label] = run.likelihood
             if best is None or run.likelihood > best[1].likelihood:
                 best = name + label, run
+            if certifiable(best[1], n, self.hint):
+                break
+            if len(tried) > 1 and shared_direction(best[1].factors) >= SHARED:
+                break  # no start finds what the merges do not show
         assert best is not None
         return best
 
-    def _starts(
-        self, cells: Cells, estimate: Tensor | None, faint: float
-    ) -> Iterator[tuple[str, Tensor, int, tuple[float, ...], bool]]:
-        """Name, estimate, rank and clips of each start, in the order of trying; whether it is a last resort."""
+    def _starts(self, cells: Cells, estimate: Tensor | None, faint: float) -> Iterator[tuple[str, Factors]]:
+        """Name and factors of each start, in the order of trying."""
         most = room(cells.stack.shape[1:])
         counted = math.ceil(OVER * self.counted) + 4
         rank = min(most, self.hint if self.hint is not None else max(RANK, counted))
+        closed = None
         if estimate is not None:
-            yield (
-                "closed form",
-                estimate,
-                min(most, self.hint if self.hint is not None else counted),
-                FROM_NEARBY,
-                False,
+            closed = "closed form", estimate, min(most, self.hint if self.hint is not None else counted), None
+        clips = [clip for bound, clip in APPROACHES if faint < bound]
+        votes = [
+            (name, vote(cells.stack), rank, clip) for name, clip in zip(("vote", "vote, again"), clips, strict=False)
+        ]
+        if closed is None:
+            order = votes
+        elif faint < FAINT:
+            order = [votes[0], closed, *votes[1:]]
+        else:
+            order = [closed, *(votes if faint < VOTE else [])]
+        for name, weight, wanted, clip in order:
+            factors = factored(
+                cells.stack * cells.scale, weight * cells.scale, [wanted] * len(cells.stack), self.generator
             )
-        if faint < VOTE or estimate is None:
-            yield "vote", vote(cells.stack), rank, AT_ONCE if faint < FAINT else FROM_AFAR, False
-        if estimate is not None:
-            yield "closed form, all weights at once", estimate, rank, AT_ONCE, True
-        if faint < VOTE:
-            yield "vote, again", vote(cells.stack), rank, FROM_AFAR if faint < FAINT else AT_ONCE, True
+            yield name, factors if clip is None else approached(cells, factors, clip)
 
     def _coarser(self, cells: Cells, run: Run) -> tuple[Cells, Run, torch.dtype]:
         """W on bfloat16's grid rather than float16's, where its sure weights all but lie there."""

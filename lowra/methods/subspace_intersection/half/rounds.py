@@ -23,13 +23,15 @@ from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites,
 
 # Largest precision of a site, over that of the median cell, round by round; the last holds from there on. A low one
 # makes the fit well conditioned while the start is poor.
-FROM_AFAR = (3.0, 3.0, 10.0, 10.0, 30.0, 30.0, 100.0, 300.0, 1000.0)
 FROM_NEARBY = (30.0, 100.0, 300.0, 1000.0)
+
+# Steps of a poor start before the first round. More did not lower the misfit where ranks were over-estimated.
+APPROACH = 6
 
 # Conjugate gradient iterations of a step, and the relative residual that ends them.
 ITERATIONS, TOLERANCE = 15, 0.05
 
-# Rounds end when the predicted share and the misfit moved by less than this twice.
+# Rounds end when the predicted share and the misfit moved by less than this.
 STILL = 1e-3
 
 # Rounds at most.
@@ -76,8 +78,11 @@ def converge(
     most: int = MOST,
     tolerance: float = TOLERANCE,
     good: bool = False,
+    calm_rounds: int = 2,
 ) -> Run:
     """Rounds from some factors. good: the start is near the answer, so that the misfit is judged at the clip.
+
+    calm_rounds: how many rounds in running that move next to nothing end it.
 
     The clip of round t is `clips[t]`, and the last one from there on; no run ends before that.
     """
@@ -109,15 +114,33 @@ def converge(
             calm = moved < STILL and shifted < STILL + 5 * STILL * trace[-1][1]
             still = still + 1 if calm else 0
         if best is None or decoded.evidence.likelihood > best.likelihood - SLACK:
-            best = Run(factors, misfit, decoded, t + 1, still >= 2)
-        if still >= 2 and t >= len(limits) - 1:
+            best = Run(factors, misfit, decoded, t + 1, still >= calm_rounds)
+        if still >= calm_rounds and t >= len(limits) - 1:
             break
         if decoded.slope is not None:
             down, decoded.slope = decoded.slope, None
     assert best is not None
     best.rounds, best.trace = t + 1, trace
-    best.settled = still >= 2
+    best.settled = still >= calm_rounds
     return best
+
+
+def approached(cells: Cells, factors: Factors, clip: float) -> Factors:
+    """Factors from a poor start, fitted to the cells as normal errors: nothing is decoded yet.
+
+    What a poor start decodes confirms it, directions too many above all. Without, the fit finds the same updates from
+    the vote and from the mean, at the true rank and at twice that.
+    """
+    limit = clip * MEDIAN
+    sites = plain_sites(cells, limit)
+    variances: Variances | None = None
+    for _ in range(APPROACH):
+        factors = factors.balanced()
+        variances = effective_variances(sites, factors.ranks, variances)
+        down = slope(cells, sites, factors)
+        change = Quadratic(cells, sites, factors).step(down, variances, ITERATIONS, TOLERANCE)
+        factors, _ = searched(cells, sites, factors, change, limit)
+    return factors
 
 
 def searched(

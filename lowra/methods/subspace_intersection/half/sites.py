@@ -62,6 +62,8 @@ class Cells:
     def grid(self) -> Grid:
         """The grids of the models, to broadcast against (n, rows, k)."""
         grids = [grid_of(dtype, self.scale) for dtype in self.dtypes]
+        if len(set(self.dtypes)) == 1:
+            return grids[0]
         eps, tiny = (
             self.stack.new_tensor(values)[:, None, None]
             for values in zip(*((g.eps, g.tiny) for g in grids), strict=True)
