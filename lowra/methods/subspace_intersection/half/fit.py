@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ COLD, WARM = 12, 3
 
 # Largest misfit of an entry in units of its cell's variance: a wrong start must not be judged by its worst entries.
 MOST = 100.0
+
+# Rows that a probe looks at, at least; an eighth of them where there are more.
+PROBED = 192
 
 # Steps tried along the Gauss-Newton direction.
 LENGTHS = (1.0, 1 / 3, 1 / 9, 1 / 27, 1 / 81)
@@ -164,10 +168,10 @@ def solved(
     target = own.new_tensor(ranks)[:, None] * (own.shape[along] / size)  # (n, 1)
     variance = target / own.sum(along) if start is None else start
     for _ in range(COLD if start is None else WARM):
-        gain = own * variance.unsqueeze(along)
-        share = gain / (1 + gain)
-        slope = share.div(gain.add_(1)).sum(along)
-        excess = share.sum(along) - target
+        rest = torch.mul(own, variance.unsqueeze(along)).add_(1).reciprocal_()  # 1 less the leverage
+        left = rest.sum(along)
+        slope = left - rest.square_().sum(along)
+        excess = own.shape[along] - left - target
         variance = variance * (excess / -slope).clamp_(-2, 2).exp_()
     return variance
 
@@ -179,7 +183,8 @@ def solved(
 class Quadratic:
     """The Gauss-Newton model of F around some factors.
 
-    only: "left" or "right" where the factors of the other side stay. sizes: S_i, of balanced factors by default.
+    only: "left" or "right" where the factors of the other side stay. sizes: S_i, of balanced factors by default. rough:
+    whether products may be rounded to bfloat16, where that is faster.
     """
 
     cells: Cells
@@ -187,21 +192,25 @@ class Quadratic:
     factors: Factors
     only: str = "both"
     sizes: list[Tensor] | None = None
+    rough: bool = True
 
     def product(self, change: Factors) -> Factors:
         """The Gauss-Newton matrix times a change."""
         here = self.factors
-        lefts = [self._joined(a, b, first=True) for a, b in zip(change.left, here.left, strict=True)]
-        rights = [self._joined(a, b, first=False) for a, b in zip(here.right, change.right, strict=True)]
+        dtype = torch.bfloat16 if self.rough and fast_bfloat16(here.left[0].device) else torch.float32
+        lefts = [self._joined(a, b, first=True).to(dtype) for a, b in zip(change.left, here.left, strict=True)]
+        rights = [self._joined(a, b, first=False).to(dtype) for a, b in zip(here.right, change.right, strict=True)]
+        factors = Factors(tuple(part.to(dtype) for part in here.left), tuple(part.to(dtype) for part in here.right))
         by_left = [torch.zeros_like(left) for left in here.left]
         by_right = [torch.zeros_like(right) for right in here.right]
         for rows in self.cells.blocks():
             precision, total = self.sites.read(rows)
-            tangent = torch.empty_like(precision)
-            for out, left, right in zip(tangent, lefts, rights, strict=True):
+            images = torch.empty_like(precision, dtype=dtype)
+            for out, left, right in zip(images, lefts, rights, strict=True):
                 torch.mm(left[rows], right.mT, out=out)
+            tangent = images.float()
             mean = (precision * tangent).sum(0).div_(total)
-            pull(tangent.sub_(mean).mul_(precision), rows, here, by_left, by_right, self.only)
+            pull(tangent.sub_(mean).mul_(precision).to(dtype), rows, factors, by_left, by_right, self.only)
         ridge(self.sizes or here.sizes(), change, by_left, by_right, 1.0)
         return self._masked(by_left, by_right)
 
@@ -258,12 +267,20 @@ class Quadratic:
 def pull(
     force: Tensor, rows: slice, factors: Factors, by_left: list[Tensor], by_right: list[Tensor], only: str = "both"
 ) -> None:
-    """Add what a force (n, rows, k) on the updates is on their factors."""
+    """Add what a force (n, rows, k) on the updates is on their factors; both of one dtype, the sums in float32."""
     for f, left, right, out, total in zip(force, factors.left, factors.right, by_left, by_right, strict=True):
         if only != "right":
-            torch.mm(f, right, out=out[rows])
+            out[rows] = f @ right
         if only != "left":
-            total.addmm_(f.mT, left[rows])
+            total.add_(f.mT @ left[rows])
+
+
+@lru_cache
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type != "cpu":
+        return True
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
 def ridge(sizes: list[Tensor], factors: Factors, by_left: list[Tensor], by_right: list[Tensor], sign: float) -> None:
@@ -302,7 +319,7 @@ class Probe:
 def probe(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor], narrowest: float) -> Probe:
     """Look at every few rows. narrowest: precision up to which a cell's misfit counts."""
     n, d, k = cells.stack.shape
-    stride = max(1, min(8, d // 256))
+    stride = max(1, min(8, d // PROBED))
     step = max(1, 2**18 // (n * k)) * stride
     squares = torch.zeros(n, dtype=torch.float64)
     objective, free, count = 0.0, 0.0, 0

@@ -49,7 +49,8 @@ COARSER = 0.6
 # Predicted share above which an answer that is certified is compared neither with the vote nor with a base on no grid.
 EASY = 0.97
 
-# Clips of the rounds that finish what a part began.
+# Clips of the rounds that finish what a part began, and of those where the updates are faintest.
+AT_ONCE = (1000.0,)
 FINISH = (30.0, 300.0, 1000.0)
 
 
@@ -159,7 +160,7 @@ def formats(stack: Tensor) -> tuple[torch.dtype, ...] | None:
 class Recoverer:
     """One layer, its starts and its choices.
 
-    estimate: the closed form's W (d, k), None where it found no update. counted: the largest rank it found. hint: rank
+    estimate: the closed form's W (d, k), None where it is open. counted: the largest rank it found. hint: rank
     where it was granted.
     """
 
@@ -212,9 +213,12 @@ class Recoverer:
                 more = 8 + max(factors.ranks) // 4 if self.hint is None else self.hint - min(factors.ranks)
                 factors = levels.extra_directions(whole, factors, more, self.generator)
             good = max(run.misfit) <= MISFIT
-            run = converge(
-                whole, factors, FINISH if good else FROM_NEARBY, most=len(FINISH) + 1 if good else MOST, good=good
-            )
+            if faintness(cells) < APPROACHES[0][0]:
+                # Directions that the part did not see are small, and come only with the smallest weights.
+                run = converge(whole, factors, AT_ONCE, good=good)
+            else:
+                most = len(FINISH) + 1 if good else MOST
+                run = converge(whole, factors, FINISH if good else FROM_NEARBY, most=most, good=good)
         decoded, certified = run.decoded, certifiable(run, n, self.hint)
         if not certified or decoded.predicted < EASY:
             alone = self._unfitted(whole)
@@ -261,9 +265,7 @@ class Recoverer:
         """The start whose rounds predict the held-out cells best."""
         best: tuple[str, Run] | None = None
         n = len(cells.stack)
-        sizes = update_sizes(cells).sort().values
-        faint = float(sizes[min(1, n - 1)]) / cell_size(cells)  # the two smallest updates decide a vote
-        for name, factors in self._starts(cells, estimate, faint):
+        for name, factors in self._starts(cells, estimate, faintness(cells)):
             run = converge(cells, factors, FROM_NEARBY, calm_rounds=calm_rounds)
             tried[name + label] = run.likelihood
             if best is None or run.likelihood > best[1].likelihood:
@@ -280,11 +282,11 @@ class Recoverer:
         most = room(cells.stack.shape[1:])
         counted = math.ceil(OVER * self.counted) + 4
         rank = min(most, self.hint if self.hint is not None else max(RANK, counted))
-        closed = None
+        closed: tuple[str, Tensor, int, float | None] | None = None
         if estimate is not None:
             closed = "closed form", estimate, min(most, self.hint if self.hint is not None else counted), None
         clips = [clip for bound, clip in APPROACHES if faint < bound]
-        votes = [
+        votes: list[tuple[str, Tensor, int, float | None]] = [
             (name, vote(cells.stack), rank, clip) for name, clip in zip(("vote", "vote, again"), clips, strict=False)
         ]
         if closed is None:
@@ -337,6 +339,12 @@ class Recoverer:
         """Whether the held-out cells are predicted better without any grid for W."""
         free = converge(replace(cells, base=None), run.factors, FROM_NEARBY, most=6)
         return free.likelihood > run.likelihood + OFF_GRID
+
+
+def faintness(cells: Cells) -> float:
+    """Root mean square of the second smallest update in cells: the two smallest decide a vote."""
+    sizes = update_sizes(cells).sort().values
+    return float(sizes[min(1, len(sizes) - 1)]) / cell_size(cells)
 
 
 def cell_size(cells: Cells) -> float:
