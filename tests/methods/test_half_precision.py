@@ -11,12 +11,13 @@ from torch import Tensor
 
 from lowra.methods.base import Observation, Recovery
 from lowra.methods.subspace_intersection import SubspaceIntersection
-from lowra.methods.subspace_intersection.half import formats, levels
+from lowra.methods.subspace_intersection.half import fit, formats, levels
 from lowra.methods.subspace_intersection.half.boxes import log_probability, score_and_curvature
 from lowra.methods.subspace_intersection.half.cells import Grid, format_of, grid_of
 from lowra.methods.subspace_intersection.half.fit import Factors, Quadratic, effective_variances, qr_of, slope
+from lowra.methods.subspace_intersection.half.held_out import Evidence, Question, predicted
 from lowra.methods.subspace_intersection.half.lattice import around, decode, settled
-from lowra.methods.subspace_intersection.half.rounds import FROM_NEARBY, converge
+from lowra.methods.subspace_intersection.half.rounds import FROM_NEARBY, approached, converge
 from lowra.methods.subspace_intersection.half.signal import update_sizes
 from lowra.methods.subspace_intersection.half.sites import Cells, Sites, hold_out, plain_sites, unit
 from lowra.methods.subspace_intersection.half.start import factored, vote
@@ -206,6 +207,30 @@ def test_numbers_around_a_power_of_two() -> None:
     ]
 
 
+def test_what_held_out_numbers_are_expected_to_say() -> None:
+    """Numbers drawn as the prediction says have its expectation; asking for it does not change what they say."""
+    generator = torch.Generator().manual_seed(3)
+    q, grid = 20_000, grid_of(BF16, 2.0**12)
+    base = grid.nearest(80 * torch.randn(q, generator=generator))
+    spread = (0.3 * grid.spacing(base)).square()
+    update = grid.spacing(base) * torch.randn(3, q, generator=generator)  # as estimated
+    actual = update + spread.sqrt() * torch.randn(3, q, generator=generator)
+    stored = grid.nearest(base + actual)
+    centre, widths = grid.cell(stored)
+    model = torch.zeros(q, dtype=torch.int64)
+    widths[0] *= 1e4
+    question = Question(stored[0], model, grid, centre - update, widths, spread.expand(3, q), torch.zeros(3, q))
+    alone = predicted(grid, question, (1.0, 4.0), expecting=False)[0]
+    found, expected = predicted(grid, question, (1.0, 4.0), expecting=True)
+    assert torch.allclose(alone, found)
+    assert float((found - expected)[0].mean()) == pytest.approx(0, abs=0.03)
+    assert float((found - expected)[1].mean()) > 0.1  # said to be less sure than they are
+    evidence = Evidence((1.0, 4.0), grid, [question])
+    assert evidence.best == 0
+    assert evidence.likelihood == pytest.approx(float(found[0].mean()), rel=1e-4)
+    assert evidence.deviation == evidence.calibrated_deviation == pytest.approx(0, abs=0.03)
+
+
 # --- the fit ----------------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +333,36 @@ def test_directions_below_the_noise_are_pruned() -> None:
     assert converge(cells, factors, FROM_NEARBY).factors.ranks == (3, 2, 1)
 
 
+@pytest.mark.parametrize("start", ["vote", "mean"])
+def test_a_poor_start_is_fitted_before_it_is_decoded(start: str) -> None:
+    """From either, at twice the rank: decoded at once, such starts confirm themselves."""
+    layer = Layer((160, 160), (10, 10, 10), mu=1.0)
+    cells = layer.cells(held=True)
+    weight = vote(layer.merged) if start == "vote" else layer.merged.mean(0)
+    factors = factored(layer.merged * cells.scale, weight * cells.scale, [20] * 3, torch.Generator().manual_seed(0))
+    run = converge(cells, approached(cells, factors, 3.0), FROM_NEARBY)
+    assert run.factors.ranks == (10, 10, 10)
+    assert run.decoded.weight is not None
+    assert layer.exact(run.decoded.weight / cells.scale) > 0.96
+
+
+def test_rough_products_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, to its precision; on any processor."""
+    monkeypatch.setattr(fit, "fast_bfloat16", lambda _: True)
+    layer = Layer((96, 128), (4, 4, 4))
+    cells = layer.cells()
+    generator = torch.Generator().manual_seed(0)
+    factors, change = (
+        Factors(*(tuple(torch.randn(size, fit.MIXED, generator=generator) for _ in range(3)) for size in (96, 128)))
+        for _ in range(2)
+    )
+    rough, fine = (
+        Quadratic(cells, plain_sites(cells, 30.0), factors, rough=rough).product(change) for rough in (True, False)
+    )
+    rest = rough.moved(fine, -1.0)
+    assert 0 < rest.dot(rest) < 1e-4 * fine.dot(fine)
+
+
 def test_the_sizes_of_updates_show_in_the_smallest_weights() -> None:
     for mu in (0.1, 1.0, 10.0):
         layer = Layer((128, 128), mu=mu, norms=(1.0, 3.0, 1.0))
@@ -355,6 +410,15 @@ def test_planted_layers_come_back_and_the_answer_knows_which_weights(mu: float) 
     assert float(recovery.sure.float().mean()) == pytest.approx(stats["sure_share"], abs=3e-3)  # float16 chances
     assert float((weight == layer.base)[recovery.sure].float().mean()) > 0.998
     assert torch.equal(weight, weight.to(BF16).float())
+
+
+def test_updates_that_the_closed_form_leaves_open() -> None:
+    """Their smallest directions are lost in the noise of the differences, and W is not determined without them."""
+    layer = Layer((160, 160), (10, 10, 10), mu=1.0)
+    recovery = recover(layer)
+    assert recovery.stats["certificate"] == "certified"
+    assert recovery.stats["ranks"] == "10,10,10"
+    assert layer.exact(recovery.candidates[0]) > 0.96
 
 
 def test_cells_beat_the_weighted_fit() -> None:

@@ -31,6 +31,10 @@ MOST = 100.0
 # Rows that a probe looks at, at least; an eighth of them where there are more.
 PROBED = 192
 
+# Rank from which bfloat16 products pay for the conversions, and entries of all models in a block of products: with
+# more rows to a block they are faster, and there are few other passes that want the cache.
+MIXED, PRODUCT_BLOCK = 48, 2**19
+
 # Steps tried along the Gauss-Newton direction.
 LENGTHS = (1.0, 1 / 3, 1 / 9, 1 / 27, 1 / 81)
 
@@ -197,20 +201,21 @@ class Quadratic:
     def product(self, change: Factors) -> Factors:
         """The Gauss-Newton matrix times a change."""
         here = self.factors
-        dtype = torch.bfloat16 if self.rough and fast_bfloat16(here.left[0].device) else torch.float32
+        fast = self.rough and max(here.ranks) >= MIXED and fast_bfloat16(here.left[0].device)
+        dtype = torch.bfloat16 if fast else torch.float32
         lefts = [self._joined(a, b, first=True).to(dtype) for a, b in zip(change.left, here.left, strict=True)]
         rights = [self._joined(a, b, first=False).to(dtype) for a, b in zip(here.right, change.right, strict=True)]
-        factors = Factors(tuple(part.to(dtype) for part in here.left), tuple(part.to(dtype) for part in here.right))
+        factors = Factors(here.left, tuple(part.to(dtype) for part in here.right))
         by_left = [torch.zeros_like(left) for left in here.left]
         by_right = [torch.zeros_like(right) for right in here.right]
-        for rows in self.cells.blocks():
+        for rows in self.cells.blocks(PRODUCT_BLOCK):
             precision, total = self.sites.read(rows)
             images = torch.empty_like(precision, dtype=dtype)
             for out, left, right in zip(images, lefts, rights, strict=True):
                 torch.mm(left[rows], right.mT, out=out)
             tangent = images.float()
             mean = (precision * tangent).sum(0).div_(total)
-            pull(tangent.sub_(mean).mul_(precision).to(dtype), rows, factors, by_left, by_right, self.only)
+            pull(tangent.sub_(mean).mul_(precision), rows, factors, by_left, by_right, self.only)
         ridge(self.sizes or here.sizes(), change, by_left, by_right, 1.0)
         return self._masked(by_left, by_right)
 
@@ -267,12 +272,15 @@ class Quadratic:
 def pull(
     force: Tensor, rows: slice, factors: Factors, by_left: list[Tensor], by_right: list[Tensor], only: str = "both"
 ) -> None:
-    """Add what a force (n, rows, k) on the updates is on their factors; both of one dtype, the sums in float32."""
+    """Add what a force (n, rows, k) on the updates is on their factors; the right ones may be in bfloat16.
+
+    Sums over rows are in float32, which takes no longer: a bfloat16 product has to be widened before it is added.
+    """
     for f, left, right, out, total in zip(force, factors.left, factors.right, by_left, by_right, strict=True):
         if only != "right":
-            out[rows] = f @ right
+            out[rows] = f.to(right.dtype) @ right
         if only != "left":
-            total.add_(f.mT @ left[rows])
+            total.addmm_(f.mT, left[rows])
 
 
 @lru_cache
