@@ -192,7 +192,7 @@ def test_ratios_are_found_to_the_rounding(shape: tuple[int, int], rank: int) -> 
         noise = joined(*(rounding_noise(one, torch.float32) for one in (first, second)))
         ratio = row_ratio(second, first, noise, torch.Generator().manual_seed(0))
         assert ratio is not None
-        error = (ratio / (planted.scales[1] / planted.scales[0]) - 1).abs()
+        error = (ratio.values / (planted.scales[1] / planted.scales[0]) - 1).abs()
         # The rounding of a row is 2^-25 of its numbers, and averaged over sqrt(k) of them; the worst of a hundred rows.
         assert float(error.max()) < 12 * 2**-25 / math.sqrt(shape[1] - 2 * rank)
 
