@@ -154,6 +154,21 @@ def test_scales_without_updates() -> None:
         assert recover(merged).stats["certificate"] == "up_to_scale"
 
 
+def test_what_is_called_sure_is_exact_where_few_rows_are() -> None:
+    """Scales of a quarter leave most octaves open: the layer as a whole is on no grid then, the sure rows are."""
+    planted = Dora()
+    generator = torch.Generator().manual_seed(2)
+    merged = torch.stack([planted.base * (0.25 * draw(generator, 160, 1)).exp() for _ in range(3)]).float()
+    recovery = recover(merged)
+    assert (recovery.stats["certificate"], recovery.stats["grid"]) == ("up_to_scale", "fp32")
+    settled = recovery.stats["scales_settled"]
+    assert isinstance(settled, float)
+    assert 0 < settled < 0.5
+    assert recovery.sure is not None
+    assert recovery.sure.double().mean() > 0.9 * settled
+    assert bool((recovery.candidates[0] == planted.base)[recovery.sure].all())
+
+
 def test_strangers_are_told_from_scaled_siblings() -> None:
     planted, other = Dora(ranks=(6,) * 4), Dora(seed=5)
     merged = torch.cat([planted.merged[:2], other.merged[:1], planted.merged[2:]])

@@ -152,7 +152,9 @@ def solved_level(problem: Problem, siblings: Siblings, solve: Callable[[Problem]
     estimate = Estimate.of(answer.estimate.dense(torch.float64))  # looked at more than once
     kept = [i for i, label in enumerate(used.labels) if label not in answer.outliers]
     scale = settled(level.subset(kept), estimate, siblings.ratios[kept], answer.predicted)
-    estimate.models.mul_(scale.factor[:, None])
+    weight = estimate.models[0].mul_(scale.factor[:, None])
+    if scale.entries is not None and scale.grid is not None:  # the other rows may hide the grid from who looks at all
+        weight.copy_(torch.where(scale.entries, rounded(weight, scale.grid), weight))
     named = f"The {side} of the models differ by scales (as DoRA's or (IA)^3's); {scale.sentence(side)}."
     status = f"{named} Their merges without these: {answer.status}"
     certificate, predicted = answer.certificate, answer.predicted
@@ -195,13 +197,14 @@ class Scale:
     """What the rows of diag(c_first) W are multiplied by to be W's, (d,), and how it is known.
 
     told: "twins", models with equal scales; "grid"; "anchor", a model whose scales look like ones; or "mean".
-    sure: (d,) rows for which it is known. entries: (d, k) those of them that are surely the grid's numbers.
+    sure: (d,) rows for which it is known. entries: (d, k) those of them that are surely the numbers of the grid.
     """
 
     factor: Tensor
     told: str
     sure: Tensor
     entries: Tensor | None = None
+    grid: torch.dtype | None = None
 
     def sentence(self, side: str) -> str:
         """How the scales are known, in words."""
@@ -279,7 +282,7 @@ def on_grid(estimate: Estimate, start: Tensor, error: float, storage: torch.dtyp
         spread = 1.5 * float(away[found].abs().median())  # the standard deviation, if it is normal
         sure = found & (away.abs() < math.log(2) - SPREAD * spread)
         # A wrong octave is worse than the guess.
-        return Scale(torch.where(sure, factors, start), "grid", sure, entries & sure[:, None])
+        return Scale(torch.where(sure, factors, start), "grid", sure, entries & sure[:, None], dtype)
     return None
 
 
