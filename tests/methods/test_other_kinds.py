@@ -17,6 +17,7 @@ from lowra.methods.subspace_intersection.kronecker import by_blocks, from_blocks
 from lowra.methods.subspace_intersection.noise import joined, rounding_noise
 from lowra.methods.subspace_intersection.noisy import bulk_std, marchenko_pastur
 from lowra.methods.subspace_intersection.scales import row_ratio
+from lowra.methods.subspace_intersection.unscaled import grid_factors
 from lowra.metrics.weight_error import weight_error
 
 BASE_STD = 0.03
@@ -152,6 +153,18 @@ def test_scales_without_updates() -> None:
     for n in (3, 5):
         merged = torch.stack([finer * (1 + 0.1 * draw(generator, 160, 1)) for _ in range(n)]).float()
         assert recover(merged).stats["certificate"] == "up_to_scale"
+
+
+def test_a_row_is_found_on_its_grid_though_its_largest_numbers_are_few() -> None:
+    """3 / 32 and three times 1 / 16: a third of all factors leave these on the grid."""
+    generator = torch.Generator().manual_seed(0)
+    row = (BASE_STD / 3 * draw(generator, 256)).bfloat16().double()
+    row[:4] = torch.tensor([0.09375, 0.0625, 0.0625, 0.0625])
+    rounding = 1e-9 * draw(generator, 256)
+    found, sure, _ = grid_factors((row / 0.9926 + rounding)[None], torch.ones(1), 1e-9, torch.float32, torch.bfloat16)
+    assert bool(sure)
+    # The largest numbers tell it to their rounding.
+    assert float(found) == pytest.approx(0.9926, rel=1e-7)
 
 
 def test_what_is_called_sure_is_exact_where_few_rows_are() -> None:

@@ -272,18 +272,18 @@ class _Pair:
         image = fit.image[:, : rank + OVERSAMPLING // 2]
         within = SETTLED * self.noise.std / max(TINY, float(self.size.mean().sqrt()))
         cutoff = MARGINS[0] * self.noise.norm(*self.x.shape)
-        before = 0.0
+        before = torch.zeros_like(ratio)
         for _ in range(AT_MOST):
             basis, values = self.vectors(ratio, image)
             change, image = self.step(ratio, basis, rank)
             ratio = ratio + change
-            moved = float(change.abs().max())
-            # Each step is about as small a share of the one before it as that is of its own.
-            if moved < within or moved * moved < within * before:
+            moved = change.abs()
+            # A row's steps shrink by a factor of its own; what is left to go is their sum.
+            if bool(((moved < within) | (moved.square() < within * (before - moved))).all()):
                 above = int((values > cutoff).sum())
                 if above <= rank:
                     break
-                rank, moved = above, 0.0
+                rank, moved = above, torch.zeros_like(ratio)
                 if above == image.shape[1] < min(self.x.shape):
                     count = min(above, min(self.x.shape) - above)
                     more = torch.randn(self.x.shape[1], count, generator=generator, dtype=torch.float64)

@@ -49,9 +49,9 @@ ENTRIES = 24
 # They are looked for among so many of a row.
 LOOKED = 256
 
-# So many of them are tried with all factors, the rest with as many as are likely after that.
-FIRST = 4
-LIKELY = 12
+# Every third of them is tried with all factors (the largest are often equal), the rest with as many as are likely then.
+FIRST = slice(None, None, 3)
+LIKELY = 16
 
 # Rows that tell whether there is a grid at all, and the share of them that has to be on it.
 PROBES = 64
@@ -325,9 +325,11 @@ def grid_factors(
         counts = some > 0
         return ((far < tolerance) & counts).double().sum(2) / counts.double().sum(2).clamp_min(1)
 
-    for part in torch.arange(rows.shape[0], device=rows.device).split(max(1, 2**19 // (octave * FIRST))):
+    for part in torch.arange(rows.shape[0], device=rows.device).split(
+        max(1, 2**19 // (octave * entries[0, FIRST].numel()))
+    ):
         # A few entries rule out most factors.
-        likely = factors[part].gather(1, aligned(factors[part], part, slice(FIRST)).topk(LIKELY, dim=1).indices)
+        likely = factors[part].gather(1, aligned(factors[part], part, FIRST).topk(LIKELY, dim=1).indices)
         best[part] = likely.gather(1, aligned(likely, part, slice(None)).argmax(1, keepdim=True))[:, 0]
     # Those entries by the factor that fits all of them best; then the whole row.
     y = rounded(best[:, None] * entries, dtype)
