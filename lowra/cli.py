@@ -113,7 +113,7 @@ def check_choices(arguments: Sequence[str], config: str = "config") -> None:
             return
         raise unknown(kind, name, known, "One of your own needs its config found: see the README.") from None
     except ConfigCompositionException as error:
-        raise _misspelt(error, config) from None
+        raise _misspelt(error, config, arguments) from None
     except HydraException:
         return  # Hydra reports it, with the place
     except ValueError as error:  # what Hydra does not expect of a group, such as methods=null
@@ -124,9 +124,10 @@ def check_choices(arguments: Sequence[str], config: str = "config") -> None:
             raise unknown("builder", name, [path.stem for path in (conf_dir() / "builder").glob("*.yaml")])
 
 
-def _misspelt(error: Exception, config: str) -> LowraError:
+def _misspelt(error: Exception, config: str, arguments: Sequence[str]) -> LowraError:
     """Hydra's message about an override that does not fit, as a sentence with the nearest settings."""
     import hydra
+    from hydra.errors import HydraException
     from omegaconf import DictConfig
 
     text = " ".join(str(error).split())
@@ -136,8 +137,12 @@ def _misspelt(error: Exception, config: str) -> LowraError:
         return LowraError(f"{text.rstrip('.')}. {cause}".strip())
     from lowra.paths import conf_dir
 
+    choices = [argument for argument in arguments if "." not in argument.partition("=")[0]]
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        whole = hydra.compose(config)
+        try:
+            whole = hydra.compose(config, overrides=choices)
+        except HydraException:  # the mistake is one of them
+            whole = hydra.compose(config)
     place = next(
         (line.split(":", 1)[1].strip() for line in str(error.__cause__).splitlines() if "full_key:" in line), key
     )

@@ -104,17 +104,25 @@ def _candidate(root: Path, name: str) -> Path | None:
 def _imports(name: str, path: Path) -> Iterator[str]:
     """Dotted names of everything a file imports, the packages around them, and what may be a module of a package."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*above, *([node.module] if node.module else [])])
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for dotted in names:
+    for level, base, names in _import_statements(path.read_bytes()):
+        if level:
+            above = package.split(".")[: len(package.split(".")) - level + 1]
+            base = ".".join([*above, *([base] if base else [])])
+        for dotted in [base, *(f"{base}.{name}" for name in names)]:
             parts = dotted.split(".")
             yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+@functools.cache
+def _import_statements(source: bytes) -> tuple[tuple[int, str, tuple[str, ...]], ...]:
+    """The import statements of a source: dots in front, module, names taken from it.
+
+    Most of the time of a digest is in parsing, and methods share most of their modules.
+    """
+    found: list[tuple[int, str, tuple[str, ...]]] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name, ()) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.level, node.module or "", tuple(alias.name for alias in node.names)))
+    return tuple(found)

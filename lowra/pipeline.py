@@ -37,6 +37,14 @@ class Outcome:
 
 def run(cfg: DictConfig) -> Outcome:
     """Run a configuration to its end (see `lowra.run.run`)."""
+    planning.check_settings(cfg)  # a slip of the finger starts no processes
+    jobs = cfg.jobs or 1
+    with pool.started(jobs, threads_of(jobs), "lowra.judge"):
+        return planned(cfg)
+
+
+def planned(cfg: DictConfig) -> Outcome:
+    """Plan a run and do it."""
     plan = planning.prepare(cfg)
     store = Store(plan.folder)
     store.refresh()
@@ -94,7 +102,12 @@ def workers(plan: Plan, records: int) -> tuple[int, int]:
         tasks = records // len(plan.variants)
         # The stack, float64 copies of a layer in the judge, and the workspaces of a method: measured at 8 layers.
         jobs = pool.choose_jobs(tasks, cores, 4 * largest * (2 * models + 8), plan.device.type)
-    return jobs, max(1, min(torch.get_num_threads(), cores // jobs))  # OMP_NUM_THREADS is heeded
+    return jobs, threads_of(jobs)
+
+
+def threads_of(jobs: int) -> int:
+    """Threads of each of so many processes."""
+    return max(1, min(torch.get_num_threads(), planning.cores() // jobs))  # OMP_NUM_THREADS is heeded
 
 
 def recover(
@@ -109,7 +122,7 @@ def recover(
         tasks = [task for task in plan.tasks(store, draw, active) if mine is None or (draw, task.index) in mine]
         remaining[draw] = len(tasks)
         todo += tasks
-    due = time.monotonic()
+    due = time.monotonic() + TABLES_SECONDS
     interval = 0.1 if sys.stderr.isatty() else 30  # a log file wants a line now and then, not ten a second
     total = sum(len(task.variants) for task in todo)
     finished = [draw for draw in plan.draws if not remaining[draw]]

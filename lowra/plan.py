@@ -69,6 +69,21 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What all records of a run share and are named by, as plain values.
+
+    merge_order: how the merges were made, in words: a setting that tables never mix.
+    """
+
+    subset: str
+    seed: int
+    merge_dtype: str
+    merge_order: str
+    foreign: int
+    knows_rank: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run, checked and opened.
 
@@ -97,20 +112,22 @@ class Plan:
         info: LayerInfo = self.data.table.infos[index]
         return info
 
+    @functools.cached_property
+    def setting(self) -> Setting:
+        """What the configuration says of every record: looked up in it, it would be most of the time of a key."""
+        cfg = self.cfg
+        foreign = cfg.merge.foreign
+        words = [str(cfg.merge.order)] + ([f"{foreign} foreign"] if foreign else [])
+        order = ", ".join(words + ([self.defended] if self.defended else []))
+        return Setting(cfg.subset.name, cfg.seed, cfg.merge.dtype, order, foreign, cfg.knows_rank)
+
     def seed(self, draw: drawing.Draw, index: int) -> int:
         """The seed of a layer's observation: the same for every method."""
-        return ((self.cfg.seed * 1_000_003 + draw.trial) * 1_000_003 + index) % 2**63
+        return ((self.setting.seed * 1_000_003 + draw.trial) * 1_000_003 + index) % 2**63
 
     def draw_seed(self, draw: drawing.Draw) -> int:
         """The seed of what is drawn once for all layers of a draw."""
-        return (self.cfg.seed * 1_000_003 + draw.trial) % 2**63
-
-    @property
-    def merge_order(self) -> str:
-        """How the merges were made, in words: a setting that tables never mix."""
-        foreign = self.cfg.merge.foreign
-        words = [str(self.cfg.merge.order)] + ([f"{foreign} foreign"] if foreign else [])
-        return ", ".join(words + ([self.defended] if self.defended else []))
+        return (self.setting.seed * 1_000_003 + draw.trial) % 2**63
 
     def rank(self, draw: drawing.Draw, index: int) -> int:
         """The largest rank among a draw's updates of a layer: what the paper's attacker is told."""
@@ -119,19 +136,20 @@ class Plan:
 
     def granted(self, draw: drawing.Draw, index: int) -> int | None:
         """The rank the setting grants, or None."""
-        return self.rank(draw, index) if self.cfg.knows_rank else None
+        return self.rank(draw, index) if self.setting.knows_rank else None
 
     def key(self, draw: drawing.Draw, index: int, variant: Variant) -> str:
         """The key of a record: all that decides its numbers and nothing else."""
-        strangers = self.draw_seed(draw) if self.cfg.merge.foreign else 0
-        defended = [self.cfg.seed] if self.defence else []
+        setting = self.setting
+        strangers = self.draw_seed(draw) if setting.foreign else 0
+        defended = [setting.seed] if self.defence else []
         return key_of(
             {
                 "data": self.fingerprint,
                 "layer": self.info(index).label,
                 "models": draw.models,
                 "seed": self.seed(draw, index),
-                "merge": [self.cfg.merge.dtype, self.merge_order, strangers, *defended],
+                "merge": [setting.merge_dtype, setting.merge_order, strangers, *defended],
                 "rank": self.granted(draw, index),
                 "variant": variant.key,
                 "judge": self.judge_code,
@@ -159,26 +177,26 @@ class Plan:
 
     def coordinates(self, draw: drawing.Draw, index: int, variant: Variant) -> dict[str, Any]:
         """What a record says besides what was measured: where it belongs."""
-        cfg, info = self.cfg, self.info(index)
+        setting, info = self.setting, self.info(index)
         return {
             "kind": "layer",
             "key": self.key(draw, index, variant),
-            "subset": cfg.subset.name,
+            "subset": setting.subset,
             "source": self.source.name,
             "data": self.fingerprint,
             "n_loras": draw.n_loras,
             "trial": draw.trial,
             "models": list(draw.models),
-            "seed": cfg.seed,
+            "seed": setting.seed,
             "variant": variant.key,
             "method": variant.name,
             "pretty": variant.method.pretty,
             "label": variant.label,
             "reference": variant.method.reference,
             "options": json.dumps(variant.options, sort_keys=True, default=str),
-            "merge_dtype": cfg.merge.dtype,
-            "merge_order": self.merge_order,
-            "knows_rank": cfg.knows_rank,
+            "merge_dtype": setting.merge_dtype,
+            "merge_order": setting.merge_order,
+            "knows_rank": setting.knows_rank,
             "device": self.device.type,
             "layer_model": info.model,
             "layer_name": info.name,

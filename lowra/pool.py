@@ -7,12 +7,14 @@ libraries do not spin against each other. Work and tasks are pickled; results co
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -41,6 +43,24 @@ def choose_jobs(tasks: int, cores: int, bytes_per_task: float, device: str) -> i
     return max(1, min(cores, tasks, int(room)))
 
 
+@contextlib.contextmanager
+def started(jobs: int, threads: int, module: str) -> Iterator[None]:
+    """Workers that start now and import a module, while this process plans what a `run` inside has for them to do.
+
+    loky gives a later `run` the same processes if jobs and threads are the same. On leaving they are stopped.
+    """
+    if jobs == 1:
+        yield
+        return
+    imported = _workers(_import, [(module,)] * jobs, jobs, threads)
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of results that nobody took: there are none
+            imported.close()
+
+
 def run(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int) -> Iterator[tuple[T, R]]:
     """Each task with its result, as results come.
 
@@ -58,18 +78,13 @@ def run(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int) -> 
 
 def _parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int) -> Iterator[tuple[T, R]]:
     import cloudpickle
-    from joblib import Parallel, delayed, parallel_config
 
     try:
         sent = cloudpickle.dumps(work)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise LowraError(f"The work cannot be sent to other processes ({error}); use jobs=1.") from None
     name = f"{os.getpid()}-{time.monotonic_ns()}"
-    # Watched from its first moment: a worker that is still importing when its parent is killed would wait for minutes.
-    watched = {"initializer": _watch_parent, "initargs": (os.getpid(),)}
-    with _signals_blocked(), parallel_config(backend="loky", inner_max_num_threads=threads, **watched):
-        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch=2 * jobs, batch_size=1)
-        results = pool(delayed(_worker)(name, sent, task, threads) for task in tasks)
+    results = _workers(_worker, ((name, sent, task, threads) for task in tasks), jobs, threads)
     try:
         yield from results
     except BrokenProcessPool:
@@ -79,6 +94,20 @@ def _parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: in
         ) from None
     finally:
         results.close()  # ends the workers where they are still at work
+
+
+def _workers(
+    work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], jobs: int, threads: int
+) -> Generator[Any, None, None]:
+    """Results of calls in worker processes as they come; closing the iterator stops the processes."""
+    from joblib import Parallel, delayed, parallel_config
+
+    # Watched from its first moment: a worker that is still importing when its parent is killed would wait for minutes.
+    watched = {"initializer": _watch_parent, "initargs": (os.getpid(),)}
+    with _signals_blocked(), parallel_config(backend="loky", inner_max_num_threads=threads, **watched):
+        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch=2 * jobs, batch_size=1)
+        results: Generator[Any, None, None] = pool(delayed(work)(*each) for each in arguments)
+    return results
 
 
 @contextlib.contextmanager
@@ -106,6 +135,10 @@ def _worker(name: str, sent: bytes, task: Any, threads: int) -> tuple[Any, Any]:
         torch.set_num_threads(threads)
         _WORK[name] = pickle.loads(sent)
     return task, _WORK[name](task)
+
+
+def _import(module: str) -> None:
+    importlib.import_module(module)
 
 
 def _watch_parent(parent: int) -> None:

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The paper's tables and figures, the tracks of the leaderboard, and the page of them all.
 #   scripts/reproduce.sh mini        every family in miniature, offline, from nothing
+#   scripts/reproduce.sh beyond      kinds of fine-tuning beyond LoRA, and defences, in miniature
 #   scripts/reproduce.sh synthetic   the exact method at the true layer shapes, weights only
 #   scripts/reproduce.sh published   LoWRA-Bench: scripts/reproduce.sh published device=cuda source.path=...
 #   scripts/reproduce.sh page        only the page, from what is in runs/
 #   scripts/reproduce.sh export      put what is in runs/ under results/, to be committed; price the defences
 # What comes after the first word goes to every lowra.run, and to the pricing. Stopped, it goes on where it was; what is
-# there is not computed again. It ends with runs/report.html.
+# there is not computed again. mini, synthetic and published end with runs/report.html.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-mini}
@@ -14,7 +15,10 @@ shift || true
 all=vit,stable_diffusion,mistral_sft,mistral_dpo
 extra=("$@")
 
-run() { python -m lowra.run --multirun "$@" "${extra[@]}"; }
+run() {
+  echo "== $((SECONDS / 60)) min: $*" >&2
+  python -m lowra.run --multirun "$@" "${extra[@]}"
+}
 
 folders() { find runs -type d -name records -printf '%h\n' | sort; }
 
@@ -35,13 +39,16 @@ case "$what" in
     run experiment=fig5,fig6,fig12,fig13
     run experiment=steps_200 subset=vit,stable_diffusion
     run experiment=defended,dpo_sft_adapter,dpo_base
+    page
+    echo "== $((SECONDS / 60)) min in all" >&2
+    ;;
+  beyond)
     run experiment=kinds,kinds_sft builder.kind=lora,rslora,dora,pissa,mica,ia3,loha,lokr,vera,oft,full
     run experiment=defences defence=none,shared_component,rank_padding,rotation,scaling
     run experiment=defences defence=noise defence.size=1e-4,1e-3,1e-2
     run experiment=defences defence=rounding defence.format=bfloat16,float8,int8 defence.stochastic=false,true
     run experiment=defences builder.shared_a=true results_dir=runs/defended_all
     run experiment=defences builder.shared_a=true builder.shared_among=2 results_dir=runs/defended_pairs
-    page
     ;;
   synthetic)
     run experiment=three subset=$all source=synthetic trials=1 'methods=[mean_lora,subspace_intersection]'
@@ -77,7 +84,7 @@ case "$what" in
     cp runs/report.html results/report.html
     ;;
   *)
-    echo "error: $what is none of mini, synthetic, published, page, export." >&2
+    echo "error: $what is none of mini, beyond, synthetic, published, page, export." >&2
     exit 2
     ;;
 esac

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -33,6 +34,17 @@ def test_two_jobs_work_elsewhere_with_their_share_of_threads() -> None:
     assert {task: value[0] for task, value in found.items()} == {i: i * i for i in range(12)}
     assert os.getpid() not in {value[1] for value in found.values()}
     assert {value[2] for value in found.values()} == {1}
+
+
+def test_workers_started_ahead_do_the_work_and_are_stopped(recwarn: pytest.WarningsRecorder) -> None:
+    with pool.started(2, 1, "lowra.pool"):
+        ahead = {process.pid for process in psutil.Process().children(recursive=True)}
+        found = dict(pool.run(square, range(12), 2, 1))
+        assert {value[1] for value in found.values()} <= ahead
+        workers = [psutil.Process(value[1]) for value in found.values()]
+    psutil.wait_procs(workers, timeout=10)
+    assert not any(worker.is_running() for worker in workers)
+    assert not recwarn.list
 
 
 def dozing(task: int) -> int:

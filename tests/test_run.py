@@ -464,10 +464,11 @@ def test_signals_stop_a_run_with_a_sentence(
         ("trails=1", "Unknown setting 'trails'; known: "),
         ("trails=1", "Did you mean trials?"),
         ("merge.dtyp=bfloat16", "Unknown setting 'merge.dtyp'; known: dtype, "),
+        ("defence=noise defence.siz=1", "Unknown setting 'defence.siz'; known: _target_, size. Did you mean size?"),
     ],
 )
 def test_unknown_names_list_the_known(argument: str, message: str, tmp_path: Path) -> None:
-    arguments = [sys.executable, "-m", "lowra.run", argument, f"results_dir={tmp_path}/out"]
+    arguments = [sys.executable, "-m", "lowra.run", *argument.split(), f"results_dir={tmp_path}/out"]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr

@@ -163,28 +163,36 @@ class Rounding:
 class Rotation:
     """Rotates each head's queries with its keys, and its values with the output that reads them, by release.
 
-    heads: of the attention. Scores q k^T and the outputs of the attention stay what they were. Positions encoded by
-    rotating queries and keys (RoPE) do not commute with it: there only values may be rotated (values_only).
+    heads: of the queries. shared_by: how many of them read one key and value (4 in Mistral-7B). rope: whether positions
+    are encoded by rotating queries and keys, dimension i with i + h / 2 of a head of h (RoPE, as transformers lays it
+    out); they are then rotated in these planes alone, which commutes with it. Scores q k^T and the outputs of the
+    attention stay what they were.
     """
 
     heads: Count
-    values_only: bool = False
+    shared_by: Count = 1
+    rope: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "defence")
+        _check_shared(self.heads, self.shared_by)
 
     def release(self, merged: Tensor, place: Place) -> Tensor:
         """R W' with R block-diagonal and orthogonal, for queries, keys and values; any other layer as it is."""
-        rotation = self._rotation(merged.shape[0], place)
-        if rotation is None:
+        kind = place.projection
+        if kind is None:
             return merged.clone()
-        return (rotation @ merged.double().view(self.heads, -1, merged.shape[1])).view(merged.shape).float()
+        heads = self.heads if kind == "query" else self.heads // self.shared_by
+        width = _head_width(merged.shape[0], heads, place.layer, even=self.rope)
+        rotation = self._rotation(width, place, kind)
+        if kind == "query":
+            rotation = rotation.repeat_interleave(self.shared_by, 0)
+        return (rotation @ merged.double().view(heads, -1, merged.shape[1])).view(merged.shape).float()
 
     def partner(self, output: Tensor, place: Place) -> Tensor:
         """What the output projection (d, k) of an attention becomes; place.layer names the value projection."""
-        rotation = self._rotation(output.shape[1], place)
-        if rotation is None:
-            return output.clone()
+        width = _head_width(output.shape[1], self.heads, place.layer, even=self.rope)
+        rotation = self._rotation(width, place, "value").repeat_interleave(self.shared_by, 0)
         turned = output.double().view(output.shape[0], self.heads, -1).transpose(0, 1) @ rotation.mT
         return turned.transpose(0, 1).reshape(output.shape).float()
 
@@ -192,18 +200,15 @@ class Rotation:
         """The bias (d,) of a layer that `release` rotates."""
         return self.release(bias[:, None], place)[:, 0]
 
-    def _rotation(self, size: int, place: Place) -> Tensor | None:
-        """Orthogonal matrices (heads, h, h), the same for queries and keys; None for other layers."""
-        kind = place.projection
-        if kind is None or (self.values_only and kind != "value"):
-            return None
-        if size % self.heads:
-            raise LowraError(f"defence.heads is {self.heads}, which {size} rows of {place.layer!r} cannot be cut into.")
-        pair = "value" if kind == "value" else "scores"
-        width = size // self.heads
-        generator = place.generator(place.block, pair, place.model)
-        draw = torch.randn(self.heads, width, width, generator=generator, dtype=torch.float64)
-        turn, triangle = torch.linalg.qr(draw)
+    def _rotation(self, width: int, place: Place, kind: str) -> Tensor:
+        """Orthogonal matrices (key heads, h, h), the same for queries and keys."""
+        count = self.heads // self.shared_by
+        generator = place.generator(place.block, "value" if kind == "value" else "scores", place.model)
+        if self.rope and kind != "value":
+            angle = 2 * math.pi * torch.rand(count, width // 2, generator=generator, dtype=torch.float64)
+            cosine, sine = angle.cos().diag_embed(), angle.sin().diag_embed()  # (count, h / 2, h / 2)
+            return torch.cat([torch.cat([cosine, -sine], 2), torch.cat([sine, cosine], 2)], 1)
+        turn, triangle = torch.linalg.qr(torch.randn(count, width, width, generator=generator, dtype=torch.float64))
         return turn * triangle.diagonal(dim1=-2, dim2=-1).sign()[:, None]
 
 
@@ -211,34 +216,63 @@ class Rotation:
 class Scaling:
     """Scales each query with its key, and each value with the output that reads it, by release.
 
-    size: standard deviation of the scales' logarithms. Under RoPE only values may be scaled (values_only).
+    size: standard deviation of the scales' logarithms. heads, shared_by, rope: see `Rotation`; with rope both
+    dimensions of a plane are scaled alike. Without rope, and with keys for every query, heads do not matter.
     """
 
     size: Positive
-    values_only: bool = False
+    heads: Count = 1
+    shared_by: Count = 1
+    rope: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "defence")
+        _check_shared(self.heads, self.shared_by)
 
     def release(self, merged: Tensor, place: Place) -> Tensor:
         """diag(s) W' for queries and values, diag(1 / s) W' for keys; any other layer as it is."""
-        return (self._scale(merged.shape[0], place)[:, None] * merged.double()).float()
+        kind = place.projection
+        if kind is None:
+            return merged.clone()
+        scale = self._scale(merged.shape[0], place, kind, shared=kind != "query")
+        return (scale[:, None] * merged.double()).float()
 
     def partner(self, output: Tensor, place: Place) -> Tensor:
         """What the output projection (d, k) of an attention becomes; place.layer names the value projection."""
-        return (output.double() / self._scale(output.shape[1], place)).float()
+        return (output.double() / self._scale(output.shape[1], place, "value", shared=False)).float()
 
     def bias(self, bias: Tensor, place: Place) -> Tensor:
         """The bias (d,) of a layer that `release` scales."""
         return self.release(bias[:, None], place)[:, 0]
 
-    def _scale(self, size: int, place: Place) -> Tensor:
-        kind = place.projection
-        if kind is None or (self.values_only and kind != "value"):
-            return torch.ones(size, dtype=torch.float64)
-        pair = "value" if kind == "value" else "scores"
-        draw = torch.randn(size, generator=place.generator(place.block, pair, place.model), dtype=torch.float64)
-        return (-self.size * draw if kind == "key" else self.size * draw).exp()
+    def _scale(self, size: int, place: Place, kind: str, *, shared: bool) -> Tensor:
+        """(size,), of the rows of keys and values (shared) or of as many heads as there are queries."""
+        count = self.heads // self.shared_by
+        width = _head_width(size, count if shared else self.heads, place.layer, even=self.rope)
+        generator = place.generator(place.block, "value" if kind == "value" else "scores", place.model)
+        planes = self.rope and kind != "value"
+        draw = torch.randn(count * width // (2 if planes else 1), generator=generator, dtype=torch.float64)
+        draw = draw.view(count, -1).repeat(1, 2 if planes else 1)  # (key heads, h)
+        if not shared:
+            draw = draw.repeat_interleave(self.shared_by, 0)
+        return (-self.size * draw if kind == "key" else self.size * draw).exp().flatten()
+
+
+def _check_shared(heads: int, shared_by: int) -> None:
+    if heads % shared_by:
+        raise LowraError(f"defence.heads is {heads}, which groups of defence.shared_by={shared_by} do not make up.")
+
+
+def _head_width(size: int, heads: int, layer: str, *, even: bool) -> int:
+    """The rows of a head; of planes of two where they have to be even."""
+    if size % heads:
+        raise LowraError(
+            f"defence.heads is {heads}, which {size} rows of {layer!r} cannot be cut into; where several queries share "
+            "a key and value, say how many with defence.shared_by."
+        )
+    if even and size // heads % 2:
+        raise LowraError(f"A head of {layer!r} has {size // heads} rows; with defence.rope they come in pairs.")
+    return size // heads
 
 
 def applied(defence: Defence, stack: Tensor, layer: str, models: tuple[int, ...], seed: int) -> Tensor:

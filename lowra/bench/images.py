@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,18 @@ def image_processor(base: Path, **changes: Any) -> Any:
     """
     from transformers import AutoImageProcessor
 
-    if not (base / "preprocessor_config.json").exists():
-        raise LowraError(f"{base} has no preprocessor_config.json; copy the base model with its image processor.")
+    processor_settings(base)
     return AutoImageProcessor.from_pretrained(base, **changes)
+
+
+def processor_settings(base: Path) -> dict[str, Any]:
+    """What a base model's folder says of its image processor. Raises LowraError when it says nothing, or no JSON."""
+    path = base / "preprocessor_config.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise LowraError(
+            f"{base} has no preprocessor_config.json; copy the base model with its image processor."
+        ) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise LowraError(f"{path} cannot be read ({error}); copy the base model with its image processor.") from None

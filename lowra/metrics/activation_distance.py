@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowra.bench.images import SUFFIXES, image_processor, open_image, pixel_values
+from lowra.bench.images import SUFFIXES, image_processor, open_image, pixel_values, processor_settings
 from lowra.checkpoints.reading import StoredState, component_folder, with_weights
 from lowra.checks import Count, Name, OneOf, check_fields
 from lowra.digests import file_digest
@@ -62,7 +62,7 @@ class ActivationDistance:
         if base:
             folder = component_folder(base)
             StoredState(folder)
-            image_processor(folder)
+            processor_settings(folder)  # not the processor: its libraries take seconds to import
 
     def inputs(self, evaluation: Path | None) -> str:
         """A digest of the images' names and bytes."""

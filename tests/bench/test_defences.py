@@ -116,7 +116,7 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("defence", [Rotation(4), Scaling(0.5), Rotation(4, values_only=True)])
+@pytest.mark.parametrize("defence", [Rotation(4), Scaling(0.5)])
 def test_the_function_is_left_alone(defence) -> None:
     torch.manual_seed(0)
     model = Attention(32, 4)
@@ -133,6 +133,46 @@ def test_the_function_is_left_alone(defence) -> None:
         after = model(x)
     assert not torch.allclose(before, halfway, atol=1e-3)
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)  # float32
+
+
+@pytest.mark.parametrize(
+    "defence",
+    [Rotation(4, shared_by=2, rope=True), Scaling(0.5, heads=4, shared_by=2, rope=True), Rotation(4, rope=True)],
+)
+def test_the_function_of_a_model_with_rope_is_left_alone(defence) -> None:
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 4 // defence.shared_by, "num_hidden_layers": 2}
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MistralConfig(vocab_size=50, hidden_size=32, intermediate_size=16, **shape)
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(config)
+    tokens = torch.randint(50, (2, 9))
+    with torch.no_grad():
+        before = model(tokens).logits
+        for block in model.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                weight = getattr(block.self_attn, name).weight
+                weight.copy_(5 * weight)  # scores that matter
+        strong = model(tokens).logits
+        for i, block in enumerate(model.model.layers):
+            for name in ("q_proj", "k_proj", "v_proj"):
+                weight = getattr(block.self_attn, name).weight
+                weight.copy_(defence.release(weight, Place(f"layers.{i}.self_attn.{name}.weight", 3, 0)))
+        halfway = model(tokens).logits
+        for i, block in enumerate(model.model.layers):
+            output = block.self_attn.o_proj.weight
+            output.copy_(defence.partner(output, Place(f"layers.{i}.self_attn.v_proj.weight", 3, 0)))
+        after = model(tokens).logits
+    assert not torch.allclose(before, strong, atol=1e-3)
+    assert not torch.allclose(strong, halfway, atol=1e-3)
+    torch.testing.assert_close(after, strong, atol=1e-5, rtol=1e-5)  # float32
+
+
+def test_only_planes_are_turned_under_rope() -> None:
+    merged = weight()
+    turned = Rotation(4, rope=True).release(merged, PLACE).view(4, 2, 6, 64).double()
+    original = merged.view(4, 2, 6, 64).double()
+    torch.testing.assert_close(turned.square().sum(1), original.square().sum(1), atol=1e-6, rtol=0)
+    assert not torch.allclose(turned, original, atol=1e-3)
 
 
 def test_rotations_are_orthogonal_within_heads() -> None:
@@ -161,6 +201,8 @@ class Broken:
         (lambda: Rounding("int4"), "int8"),
         (lambda: RankPadding(5, 2, 0.1), "least <= most"),
         (lambda: Rotation(5).release(weight(), PLACE), "heads is 5"),
+        (lambda: Rotation(4, shared_by=3), "shared_by=3"),
+        (lambda: Scaling(0.1, heads=16, rope=True).release(weight(), PLACE), "in pairs"),
         (lambda: applied(Cut(), weight()[None], "a", (0,), 0), "the shape of the weight"),
         (lambda: applied(Broken(), weight()[None], "a", (0,), 0), "NaN or infinity"),
     ],

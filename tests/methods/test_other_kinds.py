@@ -17,6 +17,7 @@ from lowra.methods.subspace_intersection.kronecker import by_blocks, from_blocks
 from lowra.methods.subspace_intersection.noise import joined, rounding_noise
 from lowra.methods.subspace_intersection.noisy import bulk_std, marchenko_pastur
 from lowra.methods.subspace_intersection.scales import row_ratio
+from lowra.methods.subspace_intersection.unscaled import grid_factors
 from lowra.metrics.weight_error import weight_error
 
 BASE_STD = 0.03
@@ -154,6 +155,33 @@ def test_scales_without_updates() -> None:
         assert recover(merged).stats["certificate"] == "up_to_scale"
 
 
+def test_a_row_is_found_on_its_grid_though_its_largest_numbers_are_few() -> None:
+    """3 / 32 and three times 1 / 16: a third of all factors leave these on the grid."""
+    generator = torch.Generator().manual_seed(0)
+    row = (BASE_STD / 3 * draw(generator, 256)).bfloat16().double()
+    row[:4] = torch.tensor([0.09375, 0.0625, 0.0625, 0.0625])
+    rounding = 1e-9 * draw(generator, 256)
+    found, sure, _ = grid_factors((row / 0.9926 + rounding)[None], torch.ones(1), 1e-9, torch.float32, torch.bfloat16)
+    assert bool(sure)
+    # The largest numbers tell it to their rounding.
+    assert float(found) == pytest.approx(0.9926, rel=1e-7)
+
+
+def test_what_is_called_sure_is_exact_where_few_rows_are() -> None:
+    """Scales of a quarter leave most octaves open: the layer as a whole is on no grid then, the sure rows are."""
+    planted = Dora()
+    generator = torch.Generator().manual_seed(2)
+    merged = torch.stack([planted.base * (0.25 * draw(generator, 160, 1)).exp() for _ in range(3)]).float()
+    recovery = recover(merged)
+    assert (recovery.stats["certificate"], recovery.stats["grid"]) == ("up_to_scale", "fp32")
+    settled = recovery.stats["scales_settled"]
+    assert isinstance(settled, float)
+    assert 0 < settled < 0.5
+    assert recovery.sure is not None
+    assert recovery.sure.double().mean() > 0.9 * settled
+    assert bool((recovery.candidates[0] == planted.base)[recovery.sure].all())
+
+
 def test_strangers_are_told_from_scaled_siblings() -> None:
     planted, other = Dora(ranks=(6,) * 4), Dora(seed=5)
     merged = torch.cat([planted.merged[:2], other.merged[:1], planted.merged[2:]])
@@ -192,7 +220,7 @@ def test_ratios_are_found_to_the_rounding(shape: tuple[int, int], rank: int) -> 
         noise = joined(*(rounding_noise(one, torch.float32) for one in (first, second)))
         ratio = row_ratio(second, first, noise, torch.Generator().manual_seed(0))
         assert ratio is not None
-        error = (ratio / (planted.scales[1] / planted.scales[0]) - 1).abs()
+        error = (ratio.values / (planted.scales[1] / planted.scales[0]) - 1).abs()
         # The rounding of a row is 2^-25 of its numbers, and averaged over sqrt(k) of them; the worst of a hundred rows.
         assert float(error.max()) < 12 * 2**-25 / math.sqrt(shape[1] - 2 * rank)
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lowra.errors import LowraError
 from lowra.methods.base import Observation, Recovery
-from lowra.methods.subspace_intersection import SubspaceIntersection, closed_form, grid, problem, ranges
+from lowra.methods.subspace_intersection import SubspaceIntersection, closed_form, grid, problem, ranges, refine
 from lowra.methods.subspace_intersection.certificates import Certificate
 from lowra.methods.subspace_intersection.intersection import rank_at_gap
 from lowra.methods.subspace_intersection.noise import rounding_noise, stored_as, ulp
 from lowra.methods.subspace_intersection.ranges import Difference, row_space, thin_svd, triplets
-from lowra.methods.subspace_intersection.refine import Fit, weighted_refinement
+from lowra.methods.subspace_intersection.refine import Factors, Fit, weighted_refinement
 from lowra.metrics.weight_error import EXACT, weight_error
 from lowra.paths import register_resolvers
 
@@ -194,7 +194,9 @@ def test_weighted_refinement_goes_below_the_floor() -> None:
     assert exact[1] > exact[0] + 0.02
 
 
-def test_the_weighted_fit_has_the_derivatives_it_claims() -> None:
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_the_weighted_fit_has_the_derivatives_it_claims(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    monkeypatch.setattr(refine, "BATCH_ENTRIES", together * 63)  # models of a layer of 9 x 7
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
@@ -202,19 +204,19 @@ def test_the_weighted_fit_has_the_derivatives_it_claims() -> None:
 
     stack, precision = draw(3, 9, 7), draw(3, 9, 7).exp()
     fit = Fit(stack, precision, precision.sum(0))
-    factors, change = ([(draw(9, r), draw(7, r)) for r in (2, 0, 3)] for _ in range(2))
+    factors, change = (Factors.of([(draw(9, r), draw(7, r)) for r in (2, 0, 3)]) for _ in range(2))
 
     def objective(flat: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
         rests = stack - model(flat)
         weight = (precision * rests).sum(0) / precision.sum(0)
         return (precision * (rests - weight).square()).sum() / 2
 
-    def pack(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        return torch.cat([part.flatten() for pair in pairs for part in pair])
+    def pack(parts: Factors) -> Tensor:
+        return torch.cat([part.flatten() for part in parts])
 
     def model(flat: Tensor) -> Tensor:
-        parts = iter(flat.split([part.numel() for pair in factors for part in pair]))
-        return torch.stack([next(parts).view(left.shape) @ next(parts).view(right.shape).T for left, right in factors])
+        left, right = flat.split([part.numel() for part in factors])
+        return left.view_as(factors.left).mT @ right.view_as(factors.right)
 
     start = pack(factors)
     slope, value = fit.slope(factors)
@@ -224,10 +226,13 @@ def test_the_weighted_fit_has_the_derivatives_it_claims() -> None:
     tangent = torch.func.jacfwd(model)(start)
     linear = torch.func.hessian(objective)(start, lambda flat: model(start) + tangent @ (flat - start))
     torch.testing.assert_close(pack(fit.curvature(factors, change)), linear @ pack(change))
-    for block, (rows, columns) in zip(fit.blocks(factors), [(2, 2), (0, 0), (3, 3)], strict=True):
-        assert [triangle.shape[-1] for triangle in block] == [rows, columns]
-    first = fit.blocks(factors)[0][0][4]  # the fifth row of the first left factor, at 8 and 9 of the flat vector
-    torch.testing.assert_close(first @ first.T, linear[8:10, 8:10], rtol=1e-7, atol=0)  # the ridge is 1e-9
+    left, right = fit.inverse_blocks(factors)
+    assert left.shape == (3, 9, 3, 3)
+    assert right.shape == (3, 7, 3, 3)
+    fifth = [4, 13]  # of the first model's left factor, the fifth row's two numbers and the zero that fills it up
+    blocks = torch.linalg.inv(left[0, 4])
+    torch.testing.assert_close(blocks[:2, :2], linear[fifth][:, fifth], rtol=1e-7, atol=0)  # the ridge is 1e-9
+    assert left[0, 4, 2].tolist() == [0, 0, 1]
 
 
 def test_the_weighted_fit_settles() -> None:

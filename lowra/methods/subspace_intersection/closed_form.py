@@ -92,7 +92,7 @@ def other_kinds(problem: Problem, odd: int) -> Answer | None:
     odd: a model that differs from the first by a large rank.
     """
     solve = partial(closed_form, plain=True)
-    answer = rearranged(problem, odd, solve) or unscaled(problem, solve)
+    answer = rearranged(problem, odd, solve) or unscaled(problem, odd, solve)
     return answer or (unrotated(problem, problem.heads, solve) if problem.heads else None)
 
 

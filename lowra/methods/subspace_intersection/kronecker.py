@@ -22,6 +22,9 @@ from lowra.methods.subspace_intersection.ranges import MARGINS, OVERSAMPLING
 # where at least two thirds of these directions are noise.
 LOOK = 16
 
+# Of these, so many are looked at first: more than the largest rank that would be believed.
+GLANCE = 8
+
 # Seed of the places looked at: a shape that shows is found, whatever the draw.
 PLACES = 0
 
@@ -73,24 +76,29 @@ def block_shape(first: Tensor, second: Tensor, noise: Noise) -> tuple[int, int] 
         return None
     generator = torch.Generator().manual_seed(PLACES)
     draw = torch.rand(2, LOOK, generator=generator, dtype=torch.float64)
-    places = []
-    for p, q in shapes:
-        high, wide = d // p, k // q  # of a block
-        blocks = distinct(draw[0], p * q)
-        inside = distinct(draw[1], high * wide)
-        rows = (blocks // q * high)[:, None] + inside // wide
-        columns = (blocks % q * wide)[:, None] + inside % wide
-        places.append(rows * k + columns)  # (LOOK, LOOK)
-    flat = torch.stack(places).flatten().to(first.device)
-    looks = (second.flatten()[flat].double() - first.flatten()[flat].double()).view(len(shapes), LOOK, LOOK)
-    cutoff = MARGINS[0] * noise.norm(LOOK, LOOK)
-    ranks = (torch.linalg.svdvals(looks) > cutoff).sum(1).tolist()
-    best = min(range(len(shapes)), key=lambda i: ranks[i])
-    return shapes[best] if 0 < ranks[best] <= LOOK // 3 else None
+    p, q = torch.tensor(shapes).T[:, :, None]  # (shapes, 1) each
+    high, wide = d // p, k // q  # of a block
+    blocks, inside = distinct(draw[0], p * q), distinct(draw[1], high * wide)  # (shapes, LOOK)
+    rows = (blocks // q * high)[:, :, None] + (inside // wide)[:, None]
+    columns = (blocks % q * wide)[:, :, None] + (inside % wide)[:, None]
+    flat = (rows * k + columns).to(first.device)  # (shapes, LOOK, LOOK)
+    looks = second.flatten()[flat].double() - first.flatten()[flat].double()
+    # A part of each tells most of them to be full, for a fraction of the time.
+    every = LOOK // GLANCE
+    left = (ranks_of(looks[:, ::every, ::every], noise) < GLANCE).nonzero().flatten().tolist()
+    ranks = ranks_of(looks[left], noise).tolist()
+    rank, best = min(zip(ranks, left, strict=True), default=(0, 0))
+    return shapes[best] if 0 < rank <= LOOK // 3 else None
 
 
-def distinct(draw: Tensor, count: int) -> Tensor:
-    """As many different whole numbers below `count` as there are draws from [0, 1)."""
+def ranks_of(looks: Tensor, noise: Noise) -> Tensor:
+    """How many singular values of each (shapes, a, a) stand out of the noise, (shapes,)."""
+    cutoff = MARGINS[0] * noise.norm(*looks.shape[1:])
+    return (torch.linalg.svdvals(looks) > cutoff).sum(1)
+
+
+def distinct(draw: Tensor, count: Tensor) -> Tensor:
+    """As many different whole numbers below each count (c, 1) as there are draws from [0, 1): (c, draws)."""
     return (((torch.arange(len(draw)) + draw) * count) / len(draw)).long()
 
 

@@ -13,11 +13,13 @@ sweeps where W is weakly determined.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lowra.methods.subspace_intersection.noise import ulp
 
@@ -34,8 +36,34 @@ CLIP = 1e8
 # Relative ridge of the preconditioner: keeps rows solvable whose weight falls on too few entries.
 RIDGE = 1e-9
 
-# L_i (d, r_i) and R_i (k, r_i) of each model, or changes of them.
-Factors = list[tuple[Tensor, Tensor]]
+# Models are worked on together while they hold at most this many numbers in all: small layers, where calls cost more
+# than arithmetic. Of large ones two float64 copies at a time are enough.
+BATCH_ENTRIES = 2**17
+
+
+class Factors(NamedTuple):
+    """Of all models, the factors' transposes L^T (n, r, d) and R^T (n, r, k), or changes of them.
+
+    r is the largest rank, and rows of zeros, which stay zeros, fill up the others'. Thin matrices lie down because
+    batches of such are multiplied three times as fast.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Tensor, Tensor]]) -> Factors:
+        """Those of L_i (d, r_i) and R_i (k, r_i), in float64."""
+        sides = zip(*pairs, strict=True)
+        return cls(*(pad_sequence([part.mT.double() for part in side], batch_first=True) for side in sides))
+
+    def plus(self, other: Factors, scale: float) -> Factors:
+        """These, plus so many times the others."""
+        return Factors(self.left.add(other.left, alpha=scale), self.right.add(other.right, alpha=scale))
+
+    def inner(self, other: Factors) -> float:
+        """Sum of products."""
+        return float((self.left * other.left).sum() + (self.right * other.right).sum())
 
 
 @dataclass(frozen=True)
@@ -46,59 +74,80 @@ class Fit:
     precision: Tensor
     total: Tensor
 
-    def mean(self, parts: Iterator[Tensor]) -> Tensor:
-        """Weighted mean over the models of (d, k) each, taken one at a time."""
+    def batches(self) -> Iterator[slice]:
+        """The models, as many at a time as are worked on together."""
+        size = max(1, BATCH_ENTRIES // self.total.numel())
+        return (slice(start, start + size) for start in range(0, len(self.stack), size))
+
+    def mean(self, parts: Iterable[Tensor]) -> Tensor:
+        """Weighted mean over the models of (d, k) each, taken a batch at a time."""
         result = torch.zeros_like(self.total)
-        for precision, part in zip(self.precision, parts, strict=True):
-            result += precision * part
+        for batch, part in zip(self.batches(), parts, strict=True):
+            result += (self.precision[batch] * part).sum(0)
         return result.div_(self.total)
 
     def rests(self, factors: Factors) -> Iterator[Tensor]:
-        """W'_i - L_i R_i^T, (d, k) each."""
-        return (merged.double() - left @ right.mT for merged, (left, right) in zip(self.stack, factors, strict=True))
+        """W'_i - L_i R_i^T, a batch (b, d, k) at a time."""
+        for batch in self.batches():
+            yield torch.baddbmm(self.stack[batch].double(), factors.left[batch].mT, factors.right[batch], alpha=-1)
 
     def weight(self, factors: Factors) -> Tensor:
         """The best W (d, k) for these factors."""
         return self.mean(self.rests(factors))
 
+    def pulled(self, factors: Factors, pulls: Iterable[Tensor]) -> Factors:
+        """What pulls (b, d, k) at the models' entries are for their factors: (G_i R_i)^T and (G_i^T L_i)^T."""
+        sides = [
+            (factors.right[batch] @ pull.mT, factors.left[batch] @ pull)
+            for batch, pull in zip(self.batches(), pulls, strict=True)
+        ]
+        return Factors(torch.cat([left for left, _ in sides]), torch.cat([right for _, right in sides]))
+
     def slope(self, factors: Factors) -> tuple[Factors, float]:
         """Minus half the gradient in the factors, and the objective."""
         weight = self.weight(factors)
-        slopes, objective = [], 0.0
-        for precision, rest, (left, right) in zip(self.precision, self.rests(factors), factors, strict=True):
-            rest -= weight
-            pull = precision * rest
-            objective += float((pull * rest).sum())
-            slopes.append((pull @ right, pull.mT @ left))
-        return slopes, objective
+        objective = 0.0
+
+        def pulls() -> Iterator[Tensor]:
+            nonlocal objective
+            for batch, rest in zip(self.batches(), self.rests(factors), strict=True):
+                rest -= weight
+                pull = self.precision[batch] * rest
+                objective += float((pull * rest).sum())
+                yield pull
+
+        return self.pulled(factors, pulls()), objective
 
     def curvature(self, factors: Factors, change: Factors) -> Factors:
         """The Gauss-Newton matrix times a change: half the gradient of the linearised objective."""
+        # L' R^T + L R'^T as one product.
+        left = torch.cat([change.left, factors.left], 1)  # (n, 2 r, d)
+        right = torch.cat([factors.right, change.right], 1)  # (n, 2 r, k)
 
         def tangents() -> Iterator[Tensor]:
-            pairs = zip(factors, change, strict=True)
-            return (by_left @ right.mT + left @ by_right.mT for (left, right), (by_left, by_right) in pairs)
+            return (left[batch].mT @ right[batch] for batch in self.batches())
 
         mean = self.mean(tangents())
         # Made twice rather than kept: all of them would be as large as the stack.
-        pulls = (precision * (part - mean) for precision, part in zip(self.precision, tangents(), strict=True))
-        return [(pull @ right, pull.mT @ left) for pull, (left, right) in zip(pulls, factors, strict=True)]
+        pulls = (part.sub_(mean).mul_(self.precision[b]) for b, part in zip(self.batches(), tangents(), strict=True))
+        return self.pulled(factors, pulls)
 
-    def blocks(self, factors: Factors) -> Factors:
-        """Cholesky factors (d, r_i, r_i) and (k, r_i, r_i) of the matrix's diagonal blocks, one a row of a factor."""
+    def inverse_blocks(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """Inverses (n, d, r, r) and (n, k, r, r) of the matrix's diagonal blocks, one a row of a factor."""
 
-        def cholesky(precision: Tensor, basis: Tensor) -> Tensor:
-            r = basis.shape[1]
-            squares = (basis[:, :, None] * basis[:, None, :]).flatten(1)  # (k, r r)
-            normal = (precision @ squares).unflatten(1, (r, r))  # (d, r, r)
-            normal.diagonal(dim1=1, dim2=2).mul_(1 + RIDGE)
-            return torch.linalg.cholesky(normal)
+        def inverse(precision: Tensor, basis: Tensor) -> Tensor:  # (b, d, k), (b, r, k)
+            squares = (basis.unsqueeze(2) * basis.unsqueeze(1)).flatten(1, 2)  # (b, r r, k)
+            normal = (squares @ precision.mT).mT.unflatten(2, (basis.shape[1],) * 2)  # (b, d, r, r)
+            diagonal = normal.diagonal(dim1=2, dim2=3).mul_(1 + RIDGE)
+            diagonal[diagonal == 0] = 1  # a row of zeros is mapped to itself
+            return torch.cholesky_inverse(torch.linalg.cholesky(normal))
 
         pairs = []
-        for precision, (left, right) in zip(self.precision, factors, strict=True):
+        for batch in self.batches():
+            precision = self.precision[batch]
             own = precision * (1 - precision / self.total)  # W follows by a share of the change
-            pairs.append((cholesky(own, right), cholesky(own.mT, left)))
-        return pairs
+            pairs.append((inverse(own, factors.right[batch]), inverse(own.mT, factors.left[batch])))
+        return torch.cat([left for left, _ in pairs]), torch.cat([right for _, right in pairs])
 
 
 def weighted_refinement(stack: Tensor, factors: Sequence[tuple[Tensor, Tensor]], storage: torch.dtype) -> Tensor:
@@ -111,10 +160,10 @@ def weighted_refinement(stack: Tensor, factors: Sequence[tuple[Tensor, Tensor]],
     precision /= precision.median()
     precision.clamp_(max=CLIP)
     fit = Fit(stack, precision, precision.sum(0))
-    current = [(left.double(), right.double()) for left, right in factors]
+    current = Factors.of(factors)
     slope, objective = fit.slope(current)
     for _ in range(STEPS):
-        moved = added(current, gauss_newton(fit, current, slope), 1.0)
+        moved = current.plus(gauss_newton(fit, current, slope), 1.0)
         slope, lower = fit.slope(moved)
         if not lower < objective:
             break
@@ -127,40 +176,28 @@ def gauss_newton(fit: Fit, factors: Factors, slope: Factors) -> Factors:
 
     The matrix is singular: L G and -R G^T cancel for any G (r, r). The slope has no part there, nor has the solution.
     """
-    blocks = fit.blocks(factors)
+    blocks = fit.inverse_blocks(factors)
 
     def precondition(pull: Factors) -> Factors:
-        solved = []
-        for pair, triangles in zip(pull, blocks, strict=True):
-            left, right = (
-                torch.cholesky_solve(rows.unsqueeze(-1), triangle).squeeze(-1)
-                for rows, triangle in zip(pair, triangles, strict=True)
-            )
-            solved.append((left, right))
-        return solved
+        return Factors(*map(applied, blocks, pull))
 
-    change = [(torch.zeros_like(left), torch.zeros_like(right)) for left, right in factors]
+    change = Factors(*map(torch.zeros_like, factors))
     rest = slope
     direction = step = precondition(rest)
-    size = first = inner(rest, step)
+    size = first = rest.inner(step)
     for _ in range(ITERATIONS):
         if size <= TOLERANCE**2 * first:
             break
         image = fit.curvature(factors, direction)
-        length = size / inner(direction, image)
-        change = added(change, direction, length)
-        rest = added(rest, image, -length)
+        length = size / direction.inner(image)
+        change = change.plus(direction, length)
+        rest = rest.plus(image, -length)
         step = precondition(rest)
-        before, size = size, inner(rest, step)
-        direction = added(step, direction, size / before)
+        before, size = size, rest.inner(step)
+        direction = step.plus(direction, size / before)
     return change
 
 
-def added(first: Factors, second: Factors, scale: float) -> Factors:
-    """A change, plus so many times another."""
-    return [(a.add(c, alpha=scale), b.add(d, alpha=scale)) for (a, b), (c, d) in zip(first, second, strict=True)]
-
-
-def inner(first: Factors, second: Factors) -> float:
-    """Sum of products."""
-    return sum(float((a * c).sum() + (b * d).sum()) for (a, b), (c, d) in zip(first, second, strict=True))
+def applied(blocks: Tensor, rows: Tensor) -> Tensor:
+    """Blocks (n, d, r, r) times the columns of (n, r, d)."""
+    return (blocks @ rows.mT.unsqueeze(-1)).squeeze(-1).mT

@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.noise import Noise, sampled_rows
-from lowra.methods.subspace_intersection.problem import SMALL_UPDATE
-from lowra.methods.subspace_intersection.ranges import MARGINS, Difference, row_blocks
+from lowra.methods.subspace_intersection.ranges import MARGINS, OVERSAMPLING, row_blocks
 
-# Columns that the ratios are found on before they are refined on all; as many again times four where no rank does.
+# Rows and columns that the ratios are found on before they are refined on all; four times as many where no rank does.
 SAMPLE = 256
 
-# From one rank tried to the next.
+# The first rank tried, and from one to the next.
 GROWTH = 4
+
+# Columns of an image beyond the rank tried.
+EXTRA = 4
 
 # Where no rank does, more columns are taken only if the ratios leave less than this share of what ones would.
 GAIN = 0.5
@@ -51,79 +53,66 @@ PARALLEL = 6.0
 # A low rank explains a difference when it leaves at most so many times its noise, in the root mean square.
 EXPLAINED = 2.0
 
+# Entries that tell what is left over.
+LOOK = 2**14
+
 # The ratios are settled when a step moves no row by more than this share of the rounding of its norm.
 SETTLED = 0.1
 
 
 @dataclass(frozen=True)
-class ScaledDifference(Difference):
-    """W'_a - diag(ratio) W'_b; ratio (d, 1) float64.
+class Ratio:
+    """What rows are multiplied by, (d,) float64, and the rank that is left then."""
 
-    In float32 the two are subtracted first, which is exact of close numbers, and what the ratio differs from 1 after.
+    values: Tensor
+    rank: int
+
+
+def row_ratio(
+    first: Tensor, second: Tensor, noise: Noise, generator: torch.Generator, expected: int = 0
+) -> Ratio | None:
+    """The rho that makes `first` - diag(rho) `second`, both (d, k), of low rank; None where none does.
+
+    noise: of the difference. expected: a rank that is likely, if one is; it only saves time.
+
+    Alternating least squares: with V the leading right singular vectors of the difference, rho_j = <x_j, y_j> /
+    <x_j, x_j> on what V leaves of the rows. From the full rank at once this sticks in a share of cases; growing the
+    rank from a few never did. Some rows and columns tell V, one step more the ratios of all rows. Ranks up to half of
+    the sample are tried: what they leave over tells whether the answer is right. That takes some directions too many;
+    the ratios are found again at the rank itself.
     """
-
-    ratio: Tensor
-
-    def rows(self, picked: slice | Tensor) -> Tensor:
-        """Some rows of the difference, (rows, k)."""
-        first, second, ratio = self.first[picked], self.second[picked], self.ratio[picked]
-        return self._formed(first, second, ratio, first.new_empty(first.shape, dtype=self.dtype))
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """All rows, a block at a time; the next block overwrites the one before."""
-        blocks = row_blocks(*self.shape, self.dtype)
-        scratch = self.first.new_empty(blocks[0].stop, self.shape[1], dtype=self.dtype)
-        for block in blocks:
-            rows = scratch[: block.stop - block.start]
-            yield block, self._formed(self.first[block], self.second[block], self.ratio[block], rows)
-
-    @staticmethod
-    def _formed(first: Tensor, second: Tensor, ratio: Tensor, out: Tensor) -> Tensor:
-        if out.dtype == torch.float32:
-            return torch.sub(first, second, out=out).addcmul_(second, (1 - ratio).float())
-        return out.copy_(second).mul_(-ratio).add_(first)
-
-
-def row_ratio(first: Tensor, second: Tensor, noise: Noise, generator: torch.Generator) -> Tensor | None:
-    """The rho (d,) float64 that makes `first` - diag(rho) `second`, both (d, k), of low rank; None where none does.
-
-    noise: of the difference. Alternating least squares: with V the leading right singular vectors of the difference,
-    rho_j = <x_j, y_j> / <x_j, x_j> on what V leaves of the rows. From the full rank at once this sticks in a share of
-    cases; growing the rank from 1 never did. Ranks up to half the sampled columns are tried: what they leave over tells
-    whether the answer is right. That takes some directions too many; the ratios are found again at the rank itself.
-    """
-    for columns in (SAMPLE, GROWTH * SAMPLE):
-        picked = torch.randperm(first.shape[1], generator=generator)[:columns].sort().values.to(first.device)
-        y, x = first[:, picked].contiguous(), second[:, picked].contiguous()
-        size, product = squares(x), (x.double() * y).sum(1)
-        cosine = product / (size * squares(y)).sqrt().clamp_min(TINY)
-        if float(cosine.median()) < min(0.5, PARALLEL / math.sqrt(picked.numel())):
+    for size in (SAMPLE, GROWTH * SAMPLE):
+        rows, columns = (
+            torch.randperm(whole, generator=generator)[:size].sort().values.to(first.device) for whole in first.shape
+        )
+        part = _Pair.of(first[rows][:, columns].double(), second[rows][:, columns].double(), noise)
+        cosine = part.product / (part.size * squares(part.y)).sqrt().clamp_min(TINY)
+        if float(cosine.median()) < min(0.5, PARALLEL / math.sqrt(columns.numel())):
             return None
-        pair = _Pair(y, x, size, noise)
-        fit = pair.grown(torch.where(size > 0, product / size.clamp_min(TINY), 1), generator)
+        fit = part.grown(generator, expected)
         if fit.explained:
-            whole = _Pair(first, second, squares(second), noise).settled(pair.mended(fit))
-            return whole.ratio if whole.explained and bool((whole.ratio > 0).all()) else None
-        if picked.numel() == first.shape[1] or not pair.gains(fit):
+            start = part.extended(part.mended(fit), first[:, columns], second[:, columns])
+            found = _Pair.of(first, second, noise).settled(start, generator)
+            if found.explained:
+                return Ratio(found.ratio, found.rank) if bool((found.ratio > 0).all()) else None
+        elif not part.gains(fit):
+            break
+        if size >= max(first.shape):
             break
     return None
 
 
 def squares(matrix: Tensor) -> Tensor:
     """|x_j|^2 of the rows, (d,) float64."""
-    return torch.cat(
-        [
-            matrix[block].double().square().sum(1)
-            for block in row_blocks(matrix.shape[0], matrix.shape[1], torch.float64)
-        ]
-    )
+    blocks = (matrix[block].double() for block in row_blocks(matrix.shape[0], matrix.shape[1], torch.float64))
+    return torch.cat([torch.linalg.vecdot(block, block) for block in blocks])
 
 
 @dataclass(frozen=True)
 class _Fit:
     """Ratios (d,) and the rank that they leave; image: (d, c), whose range the column space lies in.
 
-    explained: whether what is left over is noise. values: (c,), the leading singular values.
+    explained: whether what is left over is noise. values: (c,), the leading singular values, of the columns in order.
     """
 
     ratio: Tensor
@@ -135,140 +124,183 @@ class _Fit:
 
 @dataclass(frozen=True)
 class _Pair:
-    """y and x (d, m), |x_j|^2 (d,), and the noise of y - diag(ratio) x."""
+    """y and x (d, m), <x_j, x_j> and <x_j, y_j> (d,) float64, and the noise of the difference y - diag(ratio) x.
+
+    Products with the difference are differences of products in float64, whose rounding is 2^-53 of the weights. The
+    rounding of the merges is 2^-25, so that nothing is lost.
+    """
 
     y: Tensor
     x: Tensor
     size: Tensor
+    product: Tensor
     noise: Noise
 
-    def rest(self, ratio: Tensor) -> ScaledDifference:
-        """The difference, in float32 where it is small enough beside the weights (see `problem.SMALL_UPDATE`)."""
+    @classmethod
+    def of(cls, y: Tensor, x: Tensor, noise: Noise) -> _Pair:
+        """Of two matrices (d, m)."""
+        parts = [(torch.linalg.vecdot(b, b), torch.linalg.vecdot(a, b)) for _, a, b in row_pairs(y, x)]
+        size, product = (torch.cat(part) for part in zip(*parts, strict=True))
+        return cls(y, x, size, product, noise)
+
+    def plain(self) -> Tensor:
+        """The ratios (d,) that make every row smallest."""
+        return torch.where(self.size > 0, self.product / self.size.clamp_min(TINY), 1)
+
+    def times(self, ratio: Tensor, right: Tensor) -> Tensor:
+        """The difference times (m, c): (d, c)."""
+        return torch.cat([a @ right - ratio[block, None] * (b @ right) for block, a, b in row_pairs(self.y, self.x)])
+
+    def vectors(self, ratio: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Right singular vectors (m, c) and values (c,) of the difference on the range of an image (d, c)."""
+        columns = torch.linalg.qr(image).Q.contiguous()
+        scaled = ratio[:, None] * columns
+        total = columns.new_zeros(self.x.shape[1], columns.shape[1])
+        for block, a, b in row_pairs(self.y, self.x):
+            total.addmm_(a.mT, columns[block]).addmm_(b.mT, scaled[block], alpha=-1)
+        right, values, _ = torch.linalg.svd(total, full_matrices=False)
+        return right, values
+
+    def step(self, ratio: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """The change (d,) of the ratios that makes each row smallest outside of the first vectors of a basis (m, c).
+
+        Also the image (d, c) of the basis under the difference changed so.
+        """
+        inside, outside = torch.empty(2, self.x.shape[0], basis.shape[1], dtype=basis.dtype, device=basis.device)
+        for block, a, b in row_pairs(self.y, self.x):
+            torch.mm(b, basis, out=inside[block])
+            torch.mm(a, basis, out=outside[block])
+        outside.addcmul_(ratio[:, None], inside, value=-1)
+        product = self.product - ratio * self.size - torch.linalg.vecdot(inside[:, :rank], outside[:, :rank])
+        free = self.size - inside[:, :rank].square().sum(1)
+        # A row that lies in the basis tells nothing of its ratio.
+        change = torch.where(free > BLIND * self.size, product / free.clamp_min(TINY), 0)
+        return change, outside.addcmul_(change[:, None], inside, value=-1)
+
+    def left_over(self, ratio: Tensor, basis: Tensor) -> float:
+        """Root mean square, per degree of freedom, of what a basis (m, r) leaves of some rows of the difference."""
         d, m = self.x.shape
-        rows = sampled_rows(d, m, self.x.device)
-        sample = ScaledDifference(self.y, self.x, torch.float64, ratio[:, None]).rows(rows)
-        small = float(sample.square().mean()) < SMALL_UPDATE**2 * float(self.x[rows].double().square().mean())
-        return ScaledDifference(self.y, self.x, torch.float32 if small else torch.float64, ratio[:, None])
+        picked = sampled_rows(d, m, self.x.device, LOOK)
+        rows = self.y[picked].double() - ratio[picked, None] * self.x[picked]
+        rows = rows.addmm_(rows @ basis, basis.mT, alpha=-1)
+        rank = basis.shape[1]
+        return math.sqrt(float(rows.square_().mean()) / ((1 - rank / m) * (1 - rank / d)))
 
     def gains(self, fit: _Fit) -> bool:
         """Whether the ratios of a fit leave much less of the difference than ones, at its rank."""
-        plain = self.rest(torch.ones_like(fit.ratio))
-        basis, _ = right_vectors(plain, fit.image)
-        basis, _ = right_vectors(plain, plain.times(basis))
-        scaled = self.rest(fit.ratio)
-        own, _ = right_vectors(scaled, fit.image)
-        return left_over(scaled, own[:, : fit.rank]) < GAIN * left_over(plain, basis[:, : fit.rank])
+        ones = torch.ones_like(fit.ratio)
+        basis, _ = self.vectors(ones, fit.image)
+        basis, _ = self.vectors(ones, self.times(ones, basis))
+        own, _ = self.vectors(fit.ratio, fit.image)
+        return self.left_over(fit.ratio, own[:, : fit.rank]) < GAIN * self.left_over(ones, basis[:, : fit.rank])
 
-    def grown(self, ratio: Tensor, generator: torch.Generator) -> _Fit:
+    def grown(self, generator: torch.Generator, expected: int = 0) -> _Fit:
         """The fit of the smallest rank that explains the difference; that of the largest tried if none does.
 
-        Multiplied from 1 on until it does, then narrowed down. A rank some directions too large explains it as well, by
-        ratios that are wrong in as many rows.
+        Multiplied from a few on until it does, by way of the rank expected, then narrowed down. A rank some directions
+        too large explains it as well, by ratios that are wrong in as many rows.
         """
         d, m = self.x.shape
-        rank = 1
+        ratio, below, rank = self.plain(), 0, GROWTH
         while 2 * rank <= min(d, m):
-            rest = self.rest(ratio)
-            columns = torch.randn(m, min(rank + 4, d, m), generator=generator)
-            fit = self.fitted(ratio, rank, rest.times(columns.to(rest.dtype)))
+            columns = torch.randn(m, min(rank + EXTRA, d, m), generator=generator, dtype=torch.float64)
+            fit = self.fitted(ratio, rank, self.times(ratio, columns.to(self.x.device)))
             ratio = fit.ratio
             if fit.explained:
                 break
-            rank *= GROWTH
+            below, rank = rank, expected if rank < expected < GROWTH * rank else GROWTH * rank
         else:
             return fit
-        below, values = rank // GROWTH, fit.values[:rank]
-        tried = below + 1 + int((values[below:-1] / values[below + 1 :].clamp_min(TINY)).argmax()) if rank > 2 else 1
+        values = fit.values[below:rank]
+        gap = below + 1 + int((values[:-1] / values[1:].clamp_min(TINY)).argmax()) if len(values) > 1 else rank
+        tried = rank - 1 if rank == expected else gap
         while fit.rank - below > 1:
-            smaller = self.fitted(fit.ratio, tried, fit.image)
-            below, fit = (below, smaller) if smaller.explained else (tried, fit)
+            smaller = self.fitted(fit.ratio, tried, fit.image[:, : tried + EXTRA])
             # The gap, where it is one, is confirmed by the rank below it.
-            tried = fit.rank - 1 if smaller is fit and tried == fit.rank else (below + fit.rank) // 2
+            confirm = smaller.explained and fit.rank - tried > 1
+            below, fit = (below, smaller) if smaller.explained else (tried, fit)
+            tried = tried - 1 if confirm else (below + fit.rank) // 2
         return fit
 
     def fitted(self, ratio: Tensor, rank: int, image: Tensor) -> _Fit:
         """The fit at one rank, iterated until it explains the difference or falls no further."""
-        rest = self.rest(ratio)
         left = math.inf
-        for step in range(AT_MOST):
-            basis, values = right_vectors(rest, image)
-            change, image = self.step(rest, basis, rank)
-            rest = replace(rest, ratio=rest.ratio + change[:, None])
-            before, left = left, left_over(rest, basis[:, :rank])
-            if left < EXPLAINED * self.noise.std or (step + 1 >= ROUNDS and left > FALLS * before):
+        for step in range(1, AT_MOST + 1):
+            basis, values = self.vectors(ratio, image)
+            change, image = self.step(ratio, basis, rank)
+            ratio = ratio + change
+            if step < ROUNDS - 1:
+                continue
+            before, left = left, self.left_over(ratio, basis[:, :rank])
+            if left < EXPLAINED * self.noise.std or left > FALLS * before:
                 break
-        return _Fit(rest.ratio[:, 0], rank, image, left < EXPLAINED * self.noise.std, values)
+        return _Fit(ratio, rank, image, left < EXPLAINED * self.noise.std, values)
 
     def mended(self, fit: _Fit) -> _Fit:
         """The fit with rows found again that have a direction of its column space for themselves.
 
         A row whose ratio is wrong is explained by one direction more, which is its own. The others tell what it is.
         """
-        rest = self.rest(fit.ratio)
-        basis, values = right_vectors(rest, fit.image)
-        left = rest.times(basis[:, : fit.rank]).double() / values[: fit.rank].clamp_min(TINY)  # (d, r)
+        basis, values = self.vectors(fit.ratio, fit.image)
+        left = self.times(fit.ratio, basis[:, : fit.rank]) / values[: fit.rank].clamp_min(TINY)  # (d, r)
         own = left.square().sum(1) > OWN
         rank = fit.rank - int(own.sum())
         if rank == fit.rank or rank < 1:
             return fit
-        others = _Pair(self.y[~own], self.x[~own], self.size[~own], self.noise)
+        others = _Pair.of(self.y[~own], self.x[~own], self.noise)
         found = others.fitted(fit.ratio[~own], rank, fit.image[~own])
         if not found.explained:
             return fit
         ratio = fit.ratio.clone()
         ratio[~own] = found.ratio
-        basis, _ = right_vectors(others.rest(found.ratio), found.image)
-        change, image = self.step(self.rest(ratio), basis, rank)  # exact at once: it is linear in the ratios
+        basis, _ = others.vectors(found.ratio, found.image)
+        change, image = self.step(ratio, basis, rank)  # exact at once: it is linear in the ratios
         mended = self.fitted(ratio + change, rank, image)
         return mended if mended.explained else fit
 
-    def settled(self, fit: _Fit) -> _Fit:
+    def extended(self, fit: _Fit, y: Tensor, x: Tensor) -> _Fit:
+        """A fit on some of the rows, brought to all rows (d, m) of the same columns: that is linear in the ratios."""
+        basis, values = self.vectors(fit.ratio, fit.image)
+        pair = _Pair.of(y, x, self.noise)
+        ratio = pair.plain()
+        change, image = pair.step(ratio, basis, fit.rank)
+        return _Fit(ratio + change, fit.rank, image, fit.explained, values)
+
+    def settled(self, fit: _Fit, generator: torch.Generator) -> _Fit:
         """The fit iterated until its ratios stay, directions above the noise that it had missed added."""
-        rest, image, rank = self.rest(fit.ratio), fit.image, fit.rank
+        ratio, rank = fit.ratio, fit.rank
+        image = fit.image[:, : rank + OVERSAMPLING // 2]
         within = SETTLED * self.noise.std / max(TINY, float(self.size.mean().sqrt()))
         cutoff = MARGINS[0] * self.noise.norm(*self.x.shape)
+        before = torch.zeros_like(ratio)
         for _ in range(AT_MOST):
-            basis, values = right_vectors(rest, image)
-            change, image = self.step(rest, basis, rank)
-            rest = replace(rest, ratio=rest.ratio + change[:, None])
-            if float(change.abs().max()) < within:
+            basis, values = self.vectors(ratio, image)
+            change, image = self.step(ratio, basis, rank)
+            ratio = ratio + change
+            moved = change.abs()
+            # A row's steps shrink by a factor of its own; what is left to go is their sum.
+            if bool(((moved < within) | (moved.square() < within * (before - moved))).all()):
                 above = int((values > cutoff).sum())
                 if above <= rank:
                     break
-                rank = above
-        left = left_over(rest, basis[:, :rank])
-        return _Fit(rest.ratio[:, 0], rank, image, left < EXPLAINED * self.noise.std, values)
-
-    def step(self, rest: ScaledDifference, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """The change (d,) of the ratios that makes each row smallest outside of the first vectors of a basis (m, c).
-
-        Also the image (d, c) of the basis under the difference changed so.
-        """
-        basis = basis.to(rest.dtype)
-        change, image = torch.empty_like(self.size), basis.new_empty(self.x.shape[0], basis.shape[1])
-        for block, rows in rest.blocks():
-            x = self.x[block].to(rest.dtype)
-            inside, outside = x @ basis, rows @ basis
-            product = (x * rows).sum(1) - (inside * outside)[:, :rank].sum(1)
-            free = self.size[block] - inside[:, :rank].square().sum(1)
-            # A row that lies in the basis tells nothing of its ratio.
-            change[block] = torch.where(free > BLIND * self.size[block], product / free.clamp_min(TINY), 0)
-            image[block] = outside - change[block, None].to(rest.dtype) * inside
-        return change, image
+                rank, moved = above, torch.zeros_like(ratio)
+                if above == image.shape[1] < min(self.x.shape):
+                    count = min(above, min(self.x.shape) - above)
+                    more = torch.randn(self.x.shape[1], count, generator=generator, dtype=torch.float64)
+                    image = torch.cat([image, self.times(ratio, more.to(self.x.device))], 1)
+            before = moved
+        left = self.left_over(ratio, basis[:, :rank])
+        return _Fit(ratio, rank, image, left < EXPLAINED * self.noise.std, values)
 
 
-def right_vectors(matrix: Difference, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Right singular vectors (m, c) and values (c,), float64, of a matrix (d, m) on the range of an image (d, c)."""
-    columns, _ = torch.linalg.qr(image.double())
-    right, values, _ = torch.linalg.svd(matrix.transpose_times(columns).double(), full_matrices=False)
-    return right, values
-
-
-def left_over(rest: Difference, basis: Tensor) -> float:
-    """Root mean square, per degree of freedom, of what a basis (m, r) leaves of some rows of a difference (d, m)."""
-    d, m = rest.shape
-    rows = rest.rows(sampled_rows(d, m, rest.first.device))
-    basis = basis.to(rows.dtype)
-    rows = rows - (rows @ basis) @ basis.mT
-    rank = basis.shape[1]
-    return math.sqrt(float(rows.double().square().mean()) / ((1 - rank / m) * (1 - rank / d)))
+def row_pairs(y: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The rows of two matrices (d, m) as float64, some at a time; the next overwrite those before."""
+    if y.dtype == torch.float64:
+        yield slice(None), y, x
+        return
+    d, m = y.shape
+    blocks = row_blocks(d, m, torch.float64)
+    scratch = y.new_empty(2, blocks[0].stop, m, dtype=torch.float64)
+    for block in blocks:
+        rows = scratch[:, : block.stop - block.start]
+        yield block, rows[0].copy_(y[block]), rows[1].copy_(x[block])

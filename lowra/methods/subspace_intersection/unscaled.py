@@ -46,6 +46,13 @@ SPREAD = 5.0
 CHANCE = 0.2
 ENTRIES = 24
 
+# They are looked for among so many of a row.
+LOOKED = 256
+
+# Every third of them is tried with all factors (the largest are often equal), the rest with as many as are likely then.
+FIRST = slice(None, None, 3)
+LIKELY = 16
+
 # Rows that tell whether there is a grid at all, and the share of them that has to be on it.
 PROBES = 64
 MOST = 0.5
@@ -64,14 +71,14 @@ class Siblings:
         return bool((self.ratios != 1).any())
 
 
-def unscaled(problem: Problem, solve: Callable[[Problem], Answer]) -> Answer | None:
+def unscaled(problem: Problem, odd: int, solve: Callable[[Problem], Answer]) -> Answer | None:
     """The answer where most models are siblings up to scales of their rows, or of their columns; None otherwise.
 
-    solve: the closed form for plain merges.
+    odd: the first model that differs from model 0 by a large rank. solve: the closed form for plain merges.
     """
     for side in ("rows", "columns"):
         turned = problem if side == "rows" else replace(problem, merged=problem.merged.mT.contiguous())
-        groups = sibling_groups(turned)
+        groups = sibling_groups(turned, odd)
         first = groups[0]
         if first.scaled and 2 * len(first.members) > len(problem.labels):
             answer = solved_level(turned, first, solve, side)
@@ -81,25 +88,43 @@ def unscaled(problem: Problem, solve: Callable[[Problem], Answer]) -> Answer | N
     return None
 
 
-def sibling_groups(problem: Problem) -> list[Siblings]:
+def sibling_groups(problem: Problem, odd: int) -> list[Siblings]:
     """The models in groups of siblings up to scales of rows, the largest first.
 
     A model joins the first group whose first member it differs from by a low rank, its rows scaled where need be.
+    odd: see `unscaled`.
     """
     groups: list[list[tuple[int, Tensor]]] = []
     _, d, _ = problem.merged.shape
     one = torch.ones(d, dtype=torch.float64, device=problem.merged.device)
-    for i, model in enumerate(problem.merged):
+    expected = 0
+
+    def ratio_of(i: int, first: int) -> Tensor | None:
+        """What the rows of model i are to those of the first of a group, (d,); None where no scales explain it."""
+        nonlocal expected
+        noise = joined(problem.noise[first], problem.noise[i])
+        difference = Difference(problem.merged[first], problem.merged[i], problem.dtype)
+
+        def plain() -> bool:
+            if first == 0 and i <= odd:
+                return i < odd
+            return not row_space(difference, noise, problem.guess, problem.generator, doublings=1).full
+
+        # Scaled models come together: once one is found, scales are thought of first. Those of a plain one are ones.
+        if not expected and plain():
+            return one
+        found = row_ratio(problem.merged[i], problem.merged[first], noise, problem.generator, expected)
+        if found is None:
+            return one if expected and plain() else None
+        expected = found.rank
+        error = noise.std / squares(problem.merged[first]).sqrt().clamp_min(TINY)
+        return one if bool(((found.values - 1).abs() < ALIKE * error).all()) else found.values
+
+    for i in range(len(problem.merged)):
         for group in groups:
-            first = group[0][0]
-            noise = joined(problem.noise[first], problem.noise[i])
-            difference = Difference(problem.merged[first], model, problem.dtype)
-            ratio: Tensor | None = one
-            if row_space(difference, noise, problem.guess, problem.generator, doublings=1).full:
-                ratio = row_ratio(model, problem.merged[first], noise, problem.generator)
+            ratio = ratio_of(i, group[0][0])
             if ratio is not None:
-                error = noise.std / squares(problem.merged[first]).sqrt().clamp_min(TINY)
-                group.append((i, one if bool(((ratio - 1).abs() < ALIKE * error).all()) else ratio))
+                group.append((i, ratio))
                 break
         else:
             groups.append([(i, one)])
@@ -122,13 +147,14 @@ def solved_level(problem: Problem, siblings: Siblings, solve: Callable[[Problem]
     ratios = siblings.ratios[:, :, None]  # (n, d, 1)
     size = (1 / siblings.ratios).square().mean(1).sqrt()  # of the noise, once divided
     noise = tuple(level.scaled(float(by)) for level, by in zip(used.noise, size, strict=True))
-    level = replace(used, merged=used.merged.double() / ratios, noise=noise)
+    level = replace(used, merged=used.merged.double().mul_(1 / ratios), noise=noise)
     answer = without_updates(level) or solve(level)
-    estimate = answer.estimate
+    estimate = Estimate.of(answer.estimate.dense(torch.float64))  # looked at more than once
     kept = [i for i, label in enumerate(used.labels) if label not in answer.outliers]
     scale = settled(level.subset(kept), estimate, siblings.ratios[kept], answer.predicted)
-    factor = scale.factor[:, None]
-    estimate = Estimate(estimate.models * factor, estimate.weights, estimate.left * factor, estimate.right)
+    weight = estimate.models[0].mul_(scale.factor[:, None])
+    if scale.entries is not None and scale.grid is not None:  # the other rows may hide the grid from who looks at all
+        weight.copy_(torch.where(scale.entries, rounded(weight, scale.grid), weight))
     named = f"The {side} of the models differ by scales (as DoRA's or (IA)^3's); {scale.sentence(side)}."
     status = f"{named} Their merges without these: {answer.status}"
     certificate, predicted = answer.certificate, answer.predicted
@@ -171,13 +197,14 @@ class Scale:
     """What the rows of diag(c_first) W are multiplied by to be W's, (d,), and how it is known.
 
     told: "twins", models with equal scales; "grid"; "anchor", a model whose scales look like ones; or "mean".
-    sure: (d,) rows for which it is known. entries: (d, k) those of them that are surely the grid's numbers.
+    sure: (d,) rows for which it is known. entries: (d, k) those of them that are surely the numbers of the grid.
     """
 
     factor: Tensor
     told: str
     sure: Tensor
     entries: Tensor | None = None
+    grid: torch.dtype | None = None
 
     def sentence(self, side: str) -> str:
         """How the scales are known, in words."""
@@ -255,7 +282,7 @@ def on_grid(estimate: Estimate, start: Tensor, error: float, storage: torch.dtyp
         spread = 1.5 * float(away[found].abs().median())  # the standard deviation, if it is normal
         sure = found & (away.abs() < math.log(2) - SPREAD * spread)
         # A wrong octave is worse than the guess.
-        return Scale(torch.where(sure, factors, start), "grid", sure, entries & sure[:, None])
+        return Scale(torch.where(sure, factors, start), "grid", sure, entries & sure[:, None], dtype)
     return None
 
 
@@ -270,10 +297,16 @@ def grid_factors(
     """
     octave = 2 ** round(-math.log2(torch.finfo(dtype).eps))
     rows = rows * start[:, None]
-    within = NEAR * torch.maximum(ulp(rows, storage).double() / math.sqrt(12), rows.new_tensor(error))  # (r, k)
-    telling = ulp(rows, dtype).double() > 2 / CHANCE * within
-    count = min(ENTRIES, rows.shape[1])
-    entries, places = torch.where(telling, rows, 0).abs().topk(count, dim=1)  # (r, t)
+
+    def tolerances(numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """How near to the grid a number on it is found, and which numbers that tells something of."""
+        within = ulp(numbers, storage).mul_(NEAR / math.sqrt(12)).clamp_(min=NEAR * error)
+        telling = ulp(numbers, dtype) > within.mul(2 / CHANCE)
+        return within.double(), telling
+
+    seen = rows[:, :: max(1, rows.shape[1] // LOOKED)]
+    within, telling = tolerances(seen)
+    entries, places = torch.where(telling, seen, 0).abs().topk(min(ENTRIES, seen.shape[1]), dim=1)  # (r, t)
     near = within.gather(1, places)
     largest = entries[:, :1].clamp_min(TINY)
     mantissa = largest / torch.exp2(largest.log2().floor())  # [1, 2)
@@ -281,21 +314,30 @@ def grid_factors(
     factors = numbers / mantissa  # (r, octave)
     factors = torch.where(factors < math.sqrt(0.5), 2 * factors, factors)
     factors = torch.where(factors >= math.sqrt(2.0), factors / 2, factors)
-    best, share = factors[:, 0].clone(), torch.zeros_like(factors[:, 0])
-    for part in torch.arange(rows.shape[0], device=rows.device).split(max(1, 2**19 // (octave * count))):
-        y = factors[part, :, None] * entries[part, None]  # (r, octave, t)
-        far = (y - rounded(y, dtype)).abs()
-        tolerance = factors[part, :, None] * (near + entries / largest * near[:, :1])[part, None]
-        counts = entries[part, None] > 0
-        hits = ((far < tolerance) & counts).double().sum(2) / counts.double().sum(2).clamp_min(1)
-        share[part], at = hits.max(1)
-        best[part] = factors[part].gather(1, at[:, None])[:, 0]
-    # All entries that can tell, by the factor that fits them best.
-    y = rounded(best[:, None] * rows, dtype)
-    best = (y * rows).sum(1) / rows.square().sum(1).clamp_min(TINY)
+    best = factors[:, 0].clone()
+
+    def aligned(factors: Tensor, part: Tensor, tried: slice) -> Tensor:
+        """The share of a part's entries that each factor (rows, f) brings onto the grid, (rows, f)."""
+        some = entries[part, None, tried]
+        y = factors[:, :, None] * some  # (rows, f, t)
+        far = (y - rounded(y, dtype)).abs_()
+        tolerance = factors[:, :, None] * (near[:, tried] + entries[:, tried] / largest * near[:, :1])[part, None]
+        counts = some > 0
+        return ((far < tolerance) & counts).double().sum(2) / counts.double().sum(2).clamp_min(1)
+
+    for part in torch.arange(rows.shape[0], device=rows.device).split(
+        max(1, 2**19 // (octave * entries[0, FIRST].numel()))
+    ):
+        # A few entries rule out most factors.
+        likely = factors[part].gather(1, aligned(factors[part], part, FIRST).topk(LIKELY, dim=1).indices)
+        best[part] = likely.gather(1, aligned(likely, part, slice(None)).argmax(1, keepdim=True))[:, 0]
+    # Those entries by the factor that fits all of them best; then the whole row.
+    y = rounded(best[:, None] * entries, dtype)
+    best = (y * entries).sum(1) / entries.square().sum(1).clamp_min(TINY)
+    within, telling = tolerances(rows)
     y = best[:, None] * rows
-    hits = (((y - rounded(y, dtype)).abs() < best[:, None] * within) & telling).double().sum(1)
-    sure = hits > ON_GRID * telling.double().sum(1).clamp_min(1)
+    hits = (((y - rounded(y, dtype)).abs_() < best[:, None] * within) & telling).sum(1)
+    sure = hits > ON_GRID * telling.sum(1).clamp_min(1)
     zero = (rows == 0).all(1)
     sure = sure | zero
     return torch.where(zero, 1.0, best) * start, sure, sure[:, None] & telling
