@@ -156,7 +156,7 @@ class SubspaceIntersection:
         solver = Recoverer(
             stack if len(used) == len(stack) else stack[used],
             tuple(stored[i] for i in used),
-            estimate,
+            estimate if answer.predicted is not None else None,  # where W is open, that is the mean
             max(answer.ranks, default=0),
             problem.hint,
             problem.generator,
