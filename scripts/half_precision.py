@@ -346,6 +346,8 @@ def figure(rows: pd.DataFrame, path: Path) -> None:
     """Exact share over the signal, a panel for each rho."""
     part = rows[(rows.group == "phase") & rows.case.str.contains("256x256") & rows.case.str.contains("decay=0.1")]
     ratios = sorted(part.rho.unique())
+    if not ratios:
+        return
     drawing, axes = plt.subplots(1, len(ratios), figsize=(4 * len(ratios), 3.4), sharey=True, squeeze=False)
     styles = {CELLS: "-", TODAY: "--", SPECTRAL: "-.", "vote": ":", "mean": (0, (1, 3))}
     for axis, rho in zip(axes[0], ratios, strict=True):

@@ -360,15 +360,20 @@ def probe(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor], nar
     return Probe(objective, tuple((squares / count * factor).tolist()))
 
 
+def relevances(factors: Factors, variances: Variances) -> list[Tensor]:
+    """S_ij^2 theta_i / (d + k) of the directions of balanced factors: their size over that of the noise in one."""
+    d, k = factors.left[0].shape[0], factors.right[0].shape[0]
+    return [
+        s.square() * (0.5 * float(by_row.mean() + by_column.mean()) / (d + k))
+        for s, (by_row, by_column) in zip(factors.sizes(), variances.precision(factors.ranks), strict=True)
+    ]
+
+
 def pruned(factors: Factors, variances: Variances) -> Factors:
     """Balanced factors without the directions below the noise; at least one is kept."""
-    d, k = factors.left[0].shape[0], factors.right[0].shape[0]
     lefts, rights = [], []
-    for left, right, s, (by_row, by_column) in zip(
-        factors.left, factors.right, factors.sizes(), variances.precision(factors.ranks), strict=True
-    ):
-        theta = 0.5 * float(by_row.mean() + by_column.mean())
-        keep = (s.square() * theta / (d + k) > RELEVANT).nonzero().squeeze(1)
+    for left, right, relevance in zip(factors.left, factors.right, relevances(factors, variances), strict=True):
+        keep = (relevance > RELEVANT).nonzero().squeeze(1)
         keep = keep if len(keep) else keep.new_zeros(1)
         lefts.append(left[:, keep].contiguous())
         rights.append(right[:, keep].contiguous())

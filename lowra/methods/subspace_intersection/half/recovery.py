@@ -13,7 +13,7 @@ from lowra.methods.subspace_intersection.half import levels
 from lowra.methods.subspace_intersection.half.cavity import SURE, Decoded, Sweep
 from lowra.methods.subspace_intersection.half.cells import format_of, grid_of
 from lowra.methods.subspace_intersection.half.fit import Factors, Variances, qr_of
-from lowra.methods.subspace_intersection.half.rounds import FROM_NEARBY, MOST, SLACK, Run, approached, converge
+from lowra.methods.subspace_intersection.half.rounds import FROM_NEARBY, SLACK, Run, approached, converge
 from lowra.methods.subspace_intersection.half.signal import update_sizes
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, hold_out, plain_sites, unit
 from lowra.methods.subspace_intersection.half.start import factored, vote
@@ -27,6 +27,10 @@ LIKELY = 12
 # A certificate needs three models, a misfit and a deviation of the held-out cells as these; and the variances must not
 # have been far off before the held-out cells calibrated them.
 MODELS, MISFIT, DEVIATION, OVERCONFIDENCE = 3, 1.1, -0.05, -0.15
+
+# An explanation that leaves more weights open than this is not certified where the updates hide in the rounding, which
+# shows in a misfit below the second: what two updates share, moved into W, predicts numbers held out as well there.
+OPEN, HIDDEN = 0.965, 0.8
 
 # Nearness to a direction that all updates share (see `shared_direction`) from which nothing is certified. Independent
 # updates have .4 to .7, with a cosine of .8 between their spaces .87, with one of .99 .993.
@@ -46,12 +50,19 @@ OFF_GRID = 0.02
 # Share of the sure weights that lie on bfloat16's grid, in float16 merges, from which W is taken to be bfloat16.
 COARSER = 0.6
 
-# Predicted share above which an answer that is certified is compared neither with the vote nor with a base on no grid.
+# Predicted share above which an answer that is certified is compared neither with other starts, nor with the vote, nor
+# with a base on no grid.
 EASY = 0.97
 
-# Clips of the rounds that finish what a part began, and of those where the updates are faintest.
+# Clips of the rounds where the updates are faintest, of those that finish what a part began, and of those where it has
+# seen all directions.
 AT_ONCE = (1000.0,)
 FINISH = (30.0, 300.0, 1000.0)
+FINISH_CLEAR = (100.0, 1000.0)
+
+# Relevance of the faintest direction found from which a part has seen all: of a spectrum that falls off gently the next
+# would have been seen too, and one beyond a gap is worth no more than the noise in two others.
+CLEAR = 2.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,8 @@ class HalfAnswer:
             why = "has a direction that all updates share in columns or rows, along which others are as good"
         elif self.misfit > MISFIT:
             why = f"leaves a misfit of {self.misfit:.2f} times the rounding"
+        elif self.predicted < OPEN and self.misfit < HIDDEN:
+            why = "leaves many weights open, and one that moves what two updates share into W may be as good"
         elif self.deviation < DEVIATION:
             why = f"predicts stored numbers held out worse than it should, by {-self.deviation:.2f} nats"
         else:
@@ -145,6 +158,7 @@ def certifiable(run: Run, models: int, hint: int | None) -> bool:
         and models >= MODELS
         and shared_direction(run.factors) < SHARED
         and max(run.misfit) <= MISFIT
+        and (run.decoded.predicted >= OPEN or max(run.misfit) >= HIDDEN)
         and evidence.calibrated_deviation >= DEVIATION
         and evidence.deviation >= OVERCONFIDENCE
     )
@@ -209,16 +223,20 @@ class Recoverer:
         if part is not None:
             whole = replace(whole, base=cells.base, twice=cells.twice)
             factors = levels.extended(whole, part, run.factors, self.generator)
-            if self.hint is None or min(factors.ranks) < self.hint:
-                more = 8 + max(factors.ranks) // 4 if self.hint is None else self.hint - min(factors.ranks)
-                factors = levels.extra_directions(whole, factors, more, self.generator)
-            good = max(run.misfit) <= MISFIT
+            clear = run.edge > CLEAR and max(run.misfit) <= MISFIT
+            missing = max(0, (self.hint or 0) - min(factors.ranks))
+            if self.hint is None and not clear:
+                missing = 8 + max(factors.ranks) // 4
+            if missing:
+                factors = levels.extra_directions(whole, factors, missing, self.generator)
             if faintness(cells) < APPROACHES[0][0]:
                 # Directions that the part did not see are small, and come only with the smallest weights.
-                run = converge(whole, factors, AT_ONCE, good=good)
+                run = converge(whole, factors, AT_ONCE, good=max(run.misfit) <= MISFIT)
+            elif max(run.misfit) > MISFIT:
+                run = converge(whole, factors, FROM_NEARBY)
             else:
-                most = len(FINISH) + 1 if good else MOST
-                run = converge(whole, factors, FINISH if good else FROM_NEARBY, most=most, good=good)
+                clips = FINISH if missing else FINISH_CLEAR
+                run = converge(whole, factors, clips, most=len(clips) + 1, good=True)
         decoded, certified = run.decoded, certifiable(run, n, self.hint)
         if not certified or decoded.predicted < EASY:
             alone = self._unfitted(whole)
@@ -270,7 +288,8 @@ class Recoverer:
             tried[name + label] = run.likelihood
             if best is None or run.likelihood > best[1].likelihood:
                 best = name + label, run
-            if certifiable(best[1], n, self.hint):
+            # Of faint updates a false explanation may predict as well as it says, but another start predicts better.
+            if certifiable(best[1], n, self.hint) and best[1].decoded.predicted >= EASY:
                 break
             if len(tried) > 1 and shared_direction(best[1].factors) >= SHARED:
                 break  # no start finds what the merges do not show

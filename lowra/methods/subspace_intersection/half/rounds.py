@@ -17,6 +17,7 @@ from lowra.methods.subspace_intersection.half.fit import (
     effective_variances,
     probe,
     pruned,
+    relevances,
     slope,
 )
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites, plain_sites
@@ -49,6 +50,7 @@ SLACK = 0.01
 class Run:
     """The round whose held-out cells were predicted best. misfit: chi of each model. rounds: how many there were.
 
+    edge: relevance of the faintest direction kept.
     settled: nothing moved at the end. trace: (predicted, misfit, held-out likelihood) of every round.
     """
 
@@ -57,6 +59,7 @@ class Run:
     decoded: Decoded
     rounds: int
     settled: bool
+    edge: float
     trace: list[tuple[float, float, float]] = field(default_factory=list)
 
     @property
@@ -114,7 +117,8 @@ def converge(
             calm = moved < STILL and shifted < STILL + 5 * STILL * trace[-1][1]
             still = still + 1 if calm else 0
         if best is None or decoded.evidence.likelihood > best.likelihood - SLACK:
-            best = Run(factors, misfit, decoded, t + 1, still >= calm_rounds)
+            edge = min(float(relevance.min()) for relevance in relevances(factors, variances))
+            best = Run(factors, misfit, decoded, t + 1, still >= calm_rounds, edge)
         if still >= calm_rounds and t >= len(limits) - 1:
             break
         if decoded.slope is not None:

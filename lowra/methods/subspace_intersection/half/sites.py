@@ -133,10 +133,15 @@ def unit(stack: Tensor, dtypes: tuple[torch.dtype, ...]) -> float:
     return 2.0 ** -round(math.log2(max(middle, torch.finfo(torch.float32).tiny)))
 
 
-def hold_out(stack: Tensor, generator: torch.Generator, share: float = 0.004, least: int = 600) -> Held:
-    """Choose cells to leave out: a share of all, no two at one place; more of a small layer, at most a fiftieth."""
+def hold_out(
+    stack: Tensor, generator: torch.Generator, share: float = 0.004, least: int = 600, most: int = 2**14
+) -> Held:
+    """Choose cells to leave out: a share of all, no two at one place; more of a small layer, at most a fiftieth.
+
+    `most` cells tell their mean log probability to a few thousandths of a nat.
+    """
     n, d, k = stack.shape
-    count = int(min(max(share * n * d * k, least), 0.02 * n * d * k, d * k / 2))
+    count = int(min(max(share * n * d * k, least), most, 0.02 * n * d * k, d * k / 2))
     place = torch.randperm(d * k, generator=generator)[: max(count, 1)].sort().values
     model = torch.randint(n, (len(place),), generator=generator)
     device = stack.device
