@@ -16,7 +16,6 @@ from lowra.checkpoints.reading import Checkpoint
 from lowra.checkpoints.writing import Slot, pieces
 from lowra.errors import LowraError
 from lowra.methods.base import Method, Observation, Recovery
-from lowra.methods.subspace_intersection.noise import ulp
 from lowra.recovery.adapters import factored, keep_factors
 from lowra.recovery.looks import looks_like
 from lowra.recovery.sorting import full_rank
@@ -41,9 +40,6 @@ CERTAINTY = (
     "not_identifiable",
     "kept",
 )
-
-# Entries on which the share of exact weights is predicted.
-_PROBE = 2**18
 
 
 @dataclass(frozen=True)
@@ -185,7 +181,7 @@ def solve_one(task: Task, stack: Tensor, tensor: Sources) -> tuple[dict[str, Any
         named = f"; it looks {kind}" if kind else ""
         return {"certainty": "kept", "status": f"The models differ by a full rank{named}: no low-rank update."}, None
     if found["certainty"] not in ("not_identifiable", "too_few_models"):
-        found["predicted_exact"] = predicted_exact(recovery, found, storage)
+        found["predicted_exact"] = recovery.stats.get("predicted_exact")
     if task.fewer and len(labels) > 1:
         found["with_one_fewer"] = with_one_fewer(task, stack[:-1], storage)
     if recovery.sure is not None:
@@ -213,31 +209,6 @@ def read_stats(recovery: Recovery, labels: Sequence[str]) -> dict[str, Any]:
     if stats.get("predicted_w_error") is not None:
         found["predicted_w_error"] = round(float(stats["predicted_w_error"] or 0), 4)
     return found
-
-
-def predicted_exact(recovery: Recovery, found: dict[str, Any], storage: torch.dtype) -> float | None:
-    """The share of weights expected to equal the base's bit for bit.
-
-    The method's own prediction where it makes one. Otherwise a normal error against half a step of the grid around each
-    weight. Its variance has two parts: outside of the updates' joint spaces (of dimension sum r_i) the estimate is the
-    mean of n merges, whose rounding is in proportion to each weight's own step; what the predicted W-Error has beyond
-    that is spread over the whole matrix alike.
-    """
-    told = recovery.stats.get("predicted_exact")
-    if told is not None:
-        return float(told)
-    formats = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if "predicted_w_error" not in found or found.get("grid") not in formats or not found.get("ranks"):
-        return None
-    answer = recovery.candidates[0]
-    flat = answer.reshape(-1)
-    sample = flat[:: max(1, flat.numel() // _PROBE)].float()
-    n, total = len(found["ranks"]), sum(found["ranks"].values())
-    outside = math.prod(max(0.0, 1 - total / size) for size in answer.shape) / (12 * n)
-    rounding = outside * ulp(sample, storage).double().square()
-    spread = max(0.0, 10 ** found["predicted_w_error"] - float(rounding.mean()))
-    half_step = ulp(sample, formats[found["grid"]]).double() / 2
-    return float(torch.erf(half_step / (2 * (rounding + spread)).sqrt()).mean())
 
 
 def all_full(stack: Tensor, storage: torch.dtype) -> bool:

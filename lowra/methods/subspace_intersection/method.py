@@ -41,7 +41,7 @@ from lowra.methods.subspace_intersection import grid as grids
 from lowra.methods.subspace_intersection.answer import Answer, Estimate
 from lowra.methods.subspace_intersection.certificates import Certificate
 from lowra.methods.subspace_intersection.closed_form import closed_form
-from lowra.methods.subspace_intersection.expected import returned_error
+from lowra.methods.subspace_intersection.expected import Expected, expected
 from lowra.methods.subspace_intersection.grid import Grid
 from lowra.methods.subspace_intersection.half import SURE, HalfAnswer, Recoverer, formats
 from lowra.methods.subspace_intersection.low_signal import low_signal
@@ -90,11 +90,11 @@ class SubspaceIntersection:
         """Estimate W (1, d, k): float32 on the grid found, or float64 where `snap` is "none".
 
         Stats: `predicted_w_error` (log10 of the mean squared error before `refine` and `snap`, None where W is not
-        identified), `expected_w_error` (the same of what is returned), `lambda_min`, `discrepancy`, `ranks`, `grid`,
-        `certificate`, `outlier` (models of another base, counted from 0). Of half-precision merges solved cell by cell
-        also `predicted_exact` (expected share of exact weights), `sure_share`, `chi` (misfit of the worst model, 1
-        where its cells explain it), `held_out_deviation` (nats by which held-out numbers are predicted worse than
-        expected) and `start`; None or "" elsewhere.
+        identified), `expected_w_error` (the same of what is returned), `predicted_exact` (the share of its weights
+        expected to be exact, None on no grid), `lambda_min`, `discrepancy`, `ranks`, `grid`, `certificate`, `outlier`
+        (models of another base, counted from 0). Of half-precision merges solved cell by cell also `sure_share`, `chi`
+        (misfit of the worst model, 1 where its cells explain it), `held_out_deviation` (nats by which held-out numbers
+        are predicted worse than expected) and `start`; None or "" elsewhere.
         Of merges with scales: `scales` ("rows" or "columns", or "heads" that were rotated) and `scales_settled`, the
         share of them that is known. Of Kronecker updates: `blocks`, how many down and across.
         Raises LowraError for a stack no method can work on, or one of identical models.
@@ -113,26 +113,26 @@ class SubspaceIntersection:
             observation = replace(observation, storage=torch.float32)
         problem = replace(pose(observation), heads=self.heads).subset(kept)
         half: HalfAnswer | None = None
-        expected: float | None = None
+        told: Expected | None = None
         by_cells = stored is not None and self.snap == self.refine == "auto"
         if stored is not None and by_cells:
             weight, answer, half = self._solve_cells(problem, stack, stored)
         if half is None:
-            weight, answer, expected = self._solve(problem)
+            weight, answer, told = self._solve(problem)
             if problem.unit != 1:
                 weight = weight * problem.unit
             if by_cells:
                 answer = off_grid(answer)
         stats: dict[str, Stat] = {
             "predicted_w_error": half.w_error if half else problem.in_units(answer.predicted),
-            "expected_w_error": half.w_error if half else problem.in_units(expected),
+            "expected_w_error": half.w_error if half else problem.in_units(told.w_error if told else None),
             "lambda_min": answer.lambda_min,
             "discrepancy": answer.discrepancy,
             "ranks": ",".join(map(str, answer.ranks)),
             "grid": answer.grid,
             "certificate": answer.certificate.value,
             "outlier": ",".join(map(str, answer.outliers)),
-            "predicted_exact": half.predicted if half else None,
+            "predicted_exact": half.predicted if half else told.exact if told else None,
             "sure_share": half.sure if half else None,
             "chi": half.misfit if half else None,
             "held_out_deviation": half.deviation if half else None,
@@ -177,7 +177,7 @@ class SubspaceIntersection:
         name = next(name for name, dtype in grids.GRIDS.items() if dtype == half.grid)
         return half.weight, replace(answer, certificate=certificate, status=status, ranks=half.ranks, grid=name), half
 
-    def _solve(self, problem: Problem) -> tuple[Tensor, Answer, float | None]:
+    def _solve(self, problem: Problem) -> tuple[Tensor, Answer, Expected | None]:
         """Solve, detect the grid, refine where it pays, round: W (d, k), the answer, and what error to expect of W."""
         answer = low_signal(problem) or closed_form(problem)
         estimate = answer.estimate
@@ -194,7 +194,7 @@ class SubspaceIntersection:
             weight = refined(used, estimate.dense(torch.float64), ranks)
             estimate = Estimate.of(weight)
         weight = grid.rounded(estimate)
-        return weight, replace(answer, grid=grid.name), returned_error(answer, problem, grid, weight, refined=refine)
+        return weight, replace(answer, grid=grid.name), expected(answer, problem, grid, weight, refined=refine)
 
 
 def off_grid(answer: Answer) -> Answer:

@@ -279,7 +279,10 @@ def on_grid(estimate: Estimate, start: Tensor, error: float, storage: torch.dtyp
         ]
         factors, found, entries = (torch.cat(part) for part in zip(*parts, strict=True))
         away = (factors / start).log()
-        spread = 1.5 * float(away[found].abs().median())  # the standard deviation, if it is normal
+        # The standard deviation, if it is normal, and what it has to be for the farthest to be normal, too: rows that
+        # a common start has changed much are few, and wrong by an octave where that is not asked.
+        far = away[found].abs()
+        spread = max(1.5 * float(far.median()), float(far.max()) / math.sqrt(2 * math.log(max(2, len(far)))))
         sure = found & (away.abs() < math.log(2) - SPREAD * spread)
         # A wrong octave is worse than the guess.
         return Scale(torch.where(sure, factors, start), "grid", sure, entries & sure[:, None], dtype)
