@@ -61,7 +61,8 @@ FINISH = (30.0, 300.0, 1000.0)
 FINISH_CLEAR = (100.0, 1000.0)
 
 # Relevance of the faintest direction found from which a part has seen all: of a spectrum that falls off gently the next
-# would have been seen too, and one beyond a gap is worth no more than the noise in two others.
+# would have been seen too, and one beyond a gap is worth no more than the noise in two others. Not of faint updates:
+# what was pruned of them before the rounds came to rest leaves a gap where there is none.
 CLEAR = 2.0
 
 
@@ -223,13 +224,14 @@ class Recoverer:
         if part is not None:
             whole = replace(whole, base=cells.base, twice=cells.twice)
             factors = levels.extended(whole, part, run.factors, self.generator)
-            clear = run.edge > CLEAR and max(run.misfit) <= MISFIT
+            faint = faintness(cells)
+            clear = run.edge > CLEAR and max(run.misfit) <= MISFIT and faint >= FAINT
             missing = max(0, (self.hint or 0) - min(factors.ranks))
             if self.hint is None and not clear:
                 missing = 8 + max(factors.ranks) // 4
             if missing:
                 factors = levels.extra_directions(whole, factors, missing, self.generator)
-            if faintness(cells) < APPROACHES[0][0]:
+            if faint < APPROACHES[0][0]:
                 # Directions that the part did not see are small, and come only with the smallest weights.
                 run = converge(whole, factors, AT_ONCE, good=max(run.misfit) <= MISFIT)
             elif max(run.misfit) > MISFIT:
