@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -404,7 +404,10 @@ def make_defence(cfg: DictConfig) -> tuple[Defence | None, str]:
         raise LowraError(
             f"defence is a {type(made).__name__}; expected an object with release(merged, place), see conf/defence."
         )
-    shown = [f"{key} {value}" for key, value in options(node).items() if value not in (None, False)]
+    usual: dict[str, Any] = {field.name: field.default for field in fields(made)} if is_dataclass(made) else {}
+    shown = [
+        f"{key} {value}" for key, value in options(node).items() if value is not None and value != usual.get(key, False)
+    ]
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(made).__name__).lower()
     return made, f"{name} ({', '.join(shown)})" if shown else name
 
