@@ -2,6 +2,7 @@
 
     python scripts/half_precision.py                    # all groups; hours on 2 cores, resumed where it was left
     python scripts/half_precision.py phase --seeds 3    # one group, fewer seeds
+    python scripts/half_precision.py --loras FOLDER     # real LoRAs: the files of a folder, their base drawn
     python scripts/half_precision.py --report           # table and figure from the rows there are
 
 Layers d x k of W ~ N(0, 0.02^2) on the grid, updates of rank r with singular values from 1 down to `decay`, scaled to a
@@ -9,11 +10,13 @@ signal mu = rms(M) / rms(ulp(W)). rho = r (d + k) / (d k) is the number of unkno
 Ranks are not told, unless to Spectral DeTuning, which needs them. Groups:
 
     phase        exact share over mu and rho, n = 3, beside the vote, the mean, Spectral DeTuning and the weighted fit
-    sizes        512 x 512, 1024 x 1024 and 256 x 1024
+    sizes        512 x 512 to 4096 x 4096; of layers above a million weights fewer seeds
     models       n = 5 and 8
     formats      float16; bfloat16 bases in float16 merges; both among the models; updates rounded before they are added
     norms        updates of very different size
     certificate  layers that no certificate may be given to, and sound ones among them
+    loras        real updates: NAME.lora_up.weight (d, r) and NAME.lora_down.weight (r, k) of three files and more, all
+                 of a layer scaled alike to the signal
 
 Writes a row per layer and method to results/half_precision/cases.csv, and half_precision.md and .png from it.
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -31,6 +35,7 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from lowra.methods.base import Observation
@@ -48,13 +53,23 @@ METHODS = (CELLS, TODAY, SPECTRAL, "vote", "mean")
 
 SIGNALS = (0.05, 0.1, 0.3, 1.0, 4.0, 8.0, 30.0)
 
-# Seeds of the slow methods beside ours.
+# Seeds of the slow methods beside ours, and the largest layers that they are tried on.
 SEEDS_BESIDE = 3
+BESIDE = 2**18
+
+# Seeds of layers up to so many weights; one of larger ones.
+SEEDS = {2**20: 100, 2**22: 3}
+
+# Signals of real updates.
+REAL = (0.15, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe for planted layers. norms: sizes of the updates relative to mu. plant: what is wrong with the layer."""
+    """A recipe for planted layers. norms: sizes of the updates relative to mu. plant: what is wrong with the layer.
+
+    files, layer: of real updates, in place of random ones.
+    """
 
     group: str
     shape: tuple[int, int]
@@ -65,6 +80,8 @@ class Case:
     merges: tuple[str, ...] = ("bf16",)
     norms: tuple[float, ...] = (1.0,)
     plant: str = "independent"
+    files: tuple[Path, ...] = ()
+    layer: str = ""
 
     @property
     def name(self) -> str:
@@ -76,6 +93,8 @@ class Case:
             f"n={len(self.ranks)}",
             f"mu={self.mu:g}",
         ]
+        if self.files:
+            return ", ".join([self.layer, *parts])
         parts.append(f"decay={self.decay:g}")
         if self.base != "bf16" or self.merges != ("bf16",):
             parts.append(f"{self.base} base, {'/'.join(self.merges)} merges")
@@ -90,6 +109,12 @@ class Case:
         """Unknowns over equations."""
         d, k = self.shape
         return max(self.ranks) * (d + k) / (d * k)
+
+    @property
+    def seeds(self) -> int:
+        """How many are worth their time, at most."""
+        d, k = self.shape
+        return next((seeds for size, seeds in SEEDS.items() if d * k <= size), 1)
 
 
 @dataclass(frozen=True)
@@ -132,7 +157,11 @@ def planted(case: Case, seed: int) -> tuple[Tensor, Tensor]:
     size = case.mu * float(ulp.square().mean().sqrt())
     shared_left, shared_right = draw(d, max(case.ranks)), draw(k, max(case.ranks))
     updates = []
-    for i, rank in enumerate(case.ranks):
+    if case.files:
+        read = [real_update(file, case.layer) for file in case.files]
+        mean = sum(float(update.square().mean()) for update in read) / len(read)
+        updates = [update * (size / math.sqrt(mean)) for update in read]
+    for i, rank in enumerate(() if case.files else case.ranks):
         left, right = draw(d, rank), draw(k, rank)
         if case.plant == "shared A":
             right = shared_right[:, :rank]
@@ -161,8 +190,38 @@ def planted(case: Case, seed: int) -> tuple[Tensor, Tensor]:
     return weight, torch.stack(stack)
 
 
-def cases(group: str) -> Iterator[Case]:
+def real_update(path: Path, layer: str) -> Tensor:
+    """The update (d, k) of a layer in a LoRA file."""
+    with safe_open(path, "pt") as file:
+        up, down = (file.get_tensor(f"{layer}.lora_{side}.weight").float() for side in ("up", "down"))
+    return up @ down
+
+
+def real_cases(folder: Path) -> Iterator[Case]:
+    """The layers that three and more of the LoRA files in a folder have trained."""
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) < 3:
+        raise SystemExit(f"error: {folder} has {len(files)} .safetensors files; three LoRAs of one base are needed.")
+    trained: dict[str, list[Path]] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in sorted(file.keys()):
+                layer, up, rest = key.partition(".lora_up.weight")
+                if up and not rest and bool(file.get_tensor(key).any()):
+                    trained.setdefault(layer, []).append(path)
+    for layer, found in sorted(trained.items()):
+        if len(found) >= 3:
+            d, k = real_update(found[0], layer).shape
+            with safe_open(found[0], "pt") as file:
+                rank = file.get_slice(f"{layer}.lora_down.weight").get_shape()[0]
+            for mu in REAL:
+                yield Case("loras", (d, k), (rank,) * len(found), mu, files=tuple(found), layer=layer)
+
+
+def cases(group: str, loras: Path | None = None) -> Iterator[Case]:
     """The cases of a group."""
+    if group == "loras" and loras is not None:
+        yield from real_cases(loras)
     if group == "phase":
         for rank in (4, 8, 16):
             for mu in SIGNALS:
@@ -170,14 +229,19 @@ def cases(group: str) -> Iterator[Case]:
         for mu in (0.1, 0.3, 1.0, 4.0):
             yield Case(group, (256, 256), (16,) * 3, mu, decay=1.0)
     if group == "sizes":
-        for mu in (0.1, 0.3, 1.0, 4.0):
+        for mu in (0.1, 0.3, 1.0, 4.0, 8.0):
             yield Case(group, (512, 512), (8,) * 3, mu)
-            yield Case(group, (1024, 1024), (16,) * 3, mu)
             yield Case(group, (256, 1024), (16,) * 3, mu)
+            yield Case(group, (1024, 1024), (16,) * 3, mu)
+        for mu in (0.1, 1.0, 8.0):
+            yield Case(group, (1024, 4096), (64,) * 3, mu)
+            yield Case(group, (4096, 4096), (64,) * 3, mu)
     if group == "models":
         for n in (5, 8):
             for mu in (0.1, 1.0, 4.0):
                 yield Case(group, (256, 256), (16,) * n, mu)
+        for mu in (0.1, 1.0, 8.0):
+            yield Case(group, (512, 512), (8,) * 8, mu)
         for mu in (0.1, 0.3, 1.0, 4.0):
             yield Case(group, (256, 256), (2, 4, 8, 16), mu, decay=0.1)
     if group == "formats":
@@ -211,7 +275,7 @@ def cases(group: str) -> Iterator[Case]:
             yield Case(group, (96, 96), (3,) * 5, mu, plant="another base")
 
 
-GROUPS = ("phase", "sizes", "models", "formats", "norms", "certificate")
+GROUPS = ("phase", "sizes", "models", "formats", "norms", "certificate", "loras")
 
 
 def measured(case: Case, seed: int, method: str) -> Row:
@@ -252,7 +316,7 @@ def measured(case: Case, seed: int, method: str) -> Row:
     )
 
 
-def run(groups: list[str], seeds: int, beside: int, table: Path) -> None:
+def run(groups: list[str], seeds: int, beside: int, table: Path, loras: Path | None) -> None:
     """Measure what is not in the table yet, seed by seed, so that a part of the run is a smaller run."""
     done: set[tuple[str, int, str]] = set()
     if table.exists():
@@ -265,8 +329,10 @@ def run(groups: list[str], seeds: int, beside: int, table: Path) -> None:
         writer = csv.writer(file)
         for seed in range(seeds):
             for group in groups:
-                for case in cases(group):
-                    slow = seed < beside and group != "certificate"
+                for case in cases(group, loras):
+                    if seed >= case.seeds:
+                        continue
+                    slow = seed < beside and group not in ("certificate", "loras") and math.prod(case.shape) <= BESIDE
                     for method in METHODS:
                         if (method in (TODAY, SPECTRAL) and not slow) or (case.name, seed, method) in done:
                             continue
@@ -297,6 +363,9 @@ def report(table: Path) -> None:
             "| case | seeds | " + " | ".join(METHODS) + " | predicted | certified | seconds |",
         ]
         lines += ["|" + "---|" * (len(METHODS) + 5)]
+        if group == "loras":  # a row for all layers of a shape
+            part = part.assign(case=part.case.str.partition(", ")[2])
+            part = part.sort_values("case", key=lambda names: names.map(in_order), kind="stable")
         for name, some in part.groupby("case", sort=False):
             mine = some[some.method == CELLS]
             if mine.empty:
@@ -314,6 +383,11 @@ def report(table: Path) -> None:
     lines += [*calibration(ours), ""]
     table.with_name("half_precision.md").write_text("\n".join(lines))
     figure(rows, table.with_name("half_precision.png"))
+
+
+def in_order(name: str) -> tuple[float, ...]:
+    """A key that sorts names of cases by the numbers in them."""
+    return tuple(float(number) for number in re.findall(r"[\d.]+", name))
 
 
 def calibration(ours: pd.DataFrame) -> list[str]:
@@ -400,6 +474,7 @@ def main() -> None:
     parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="groups to measure; all by default")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--beside", type=int, default=SEEDS_BESIDE, help="seeds of the slow methods beside ours")
+    parser.add_argument("--loras", type=Path, help="a folder of LoRA files of one base; measures the group `loras`")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--picture", type=Path, help="draw the cells of one weight into this file, and nothing else")
     parser.add_argument("--out", type=Path, default=Path("results/half_precision"))
@@ -409,7 +484,10 @@ def main() -> None:
         return
     table = arguments.out / "cases.csv"
     if not arguments.report:
-        run(arguments.groups or list(GROUPS), arguments.seeds, arguments.beside, table)
+        groups = arguments.groups or (["loras"] if arguments.loras else [group for group in GROUPS if group != "loras"])
+        if "loras" in groups and arguments.loras is None:
+            parser.error("the group loras needs --loras FOLDER")
+        run(groups, arguments.seeds, arguments.beside, table, arguments.loras)
     report(table)
 
 
