@@ -62,9 +62,10 @@ SETTLED = 0.1
 
 @dataclass(frozen=True)
 class Ratio:
-    """What rows are multiplied by, (d,) float64, and the rank that is left then."""
+    """What rows are multiplied by, (d,) float64, the standard error of each, and the rank that is left then."""
 
     values: Tensor
+    error: Tensor
     rank: int
 
 
@@ -83,7 +84,7 @@ def row_ratio(
     """
     for size in (SAMPLE, GROWTH * SAMPLE):
         rows, columns = (
-            torch.randperm(whole, generator=generator)[:size].sort().values.to(first.device) for whole in first.shape
+            torch.randperm(count, generator=generator)[:size].sort().values.to(first.device) for count in first.shape
         )
         part = _Pair.of(first[rows][:, columns].double(), second[rows][:, columns].double(), noise)
         cosine = part.product / (part.size * squares(part.y)).sqrt().clamp_min(TINY)
@@ -92,9 +93,11 @@ def row_ratio(
         fit = part.grown(generator, expected)
         if fit.explained:
             start = part.extended(part.mended(fit), first[:, columns], second[:, columns])
-            found = _Pair.of(first, second, noise).settled(start, generator)
+            whole = _Pair.of(first, second, noise)
+            found = whole.settled(start, generator)
             if found.explained:
-                return Ratio(found.ratio, found.rank) if bool((found.ratio > 0).all()) else None
+                error = noise.std / whole.size.sqrt().clamp_min(TINY)
+                return Ratio(found.ratio, error, found.rank) if bool((found.ratio > 0).all()) else None
         elif not part.gains(fit):
             break
         if size >= max(first.shape):

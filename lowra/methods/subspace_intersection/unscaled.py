@@ -117,8 +117,7 @@ def sibling_groups(problem: Problem, odd: int) -> list[Siblings]:
         if found is None:
             return one if expected and plain() else None
         expected = found.rank
-        error = noise.std / squares(problem.merged[first]).sqrt().clamp_min(TINY)
-        return one if bool(((found.values - 1).abs() < ALIKE * error).all()) else found.values
+        return one if bool(((found.values - 1).abs() < ALIKE * found.error).all()) else found.values
 
     for i in range(len(problem.merged)):
         for group in groups:
