@@ -3,6 +3,7 @@
     python scripts/half_precision.py                    # all groups; hours on 2 cores, resumed where it was left
     python scripts/half_precision.py phase --seeds 3    # one group, fewer seeds
     python scripts/half_precision.py --loras FOLDER     # real LoRAs: the files of a folder, their base drawn
+    python scripts/half_precision.py --fuzz 1000        # random layers, most of which no certificate may be given to
     python scripts/half_precision.py --report           # table and figure from the rows there are
 
 Layers d x k of W ~ N(0, 0.02^2) on the grid, updates of rank r with singular values from 1 down to `decay`, scaled to a
@@ -26,9 +27,11 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -37,6 +40,7 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from lowra.methods.base import Observation
 from lowra.methods.spectral_detuning import SpectralDeTuning
@@ -278,6 +282,42 @@ def cases(group: str, loras: Path | None = None) -> Iterator[Case]:
 GROUPS = ("phase", "sizes", "models", "formats", "norms", "certificate", "loras")
 
 
+def random_case(seed: int) -> Case:
+    """A layer of any shape, ranks, sizes, formats and plant."""
+    pick = random.Random(seed)
+    plant = pick.choice(
+        ["independent"] * 4
+        + ["shared A", "shared B", "nearly shared A", "component of two", "component of all", "another base", "touched"]
+        + ["rounded twice", "two models", "float32 base"]
+    )
+    shape = (pick.randint(48, 320), pick.randint(48, 320))
+    n = 2 if plant == "two models" else pick.choice((3, 3, 3, 4, 5, 8))
+    ranks = [pick.randint(1, max(1, min(shape) // 12)) for _ in range(n)]
+    if pick.random() < 0.5 or plant.startswith(("shared", "nearly")):
+        ranks = ranks[:1] * n
+    half = ("bf16", "bf16", "bf16", "fp16")
+    return Case(
+        "fuzz",
+        shape,
+        tuple(ranks),
+        10 ** pick.uniform(-1.3, 1.5),
+        decay=10 ** pick.uniform(-1.3, 0),
+        base="fp32" if plant == "float32 base" else pick.choice(half),
+        merges=tuple(pick.choice(half) for _ in range(n)) if pick.random() < 0.2 else (pick.choice(half),),
+        norms=tuple(10 ** pick.uniform(-1, 1) for _ in range(n)) if pick.random() < 0.3 else (1.0,),
+        plant="independent" if plant in ("two models", "float32 base") else plant,
+    )
+
+
+def fuzz(layers: int, first: int, table: Path) -> None:
+    """Measure random layers that are not in the table yet."""
+    with appended(table) as (add, done):
+        for seed in tqdm(range(first, first + layers), unit="layer"):
+            case = random_case(seed)
+            if (case.name, seed, CELLS) not in done:
+                add(measured(case, seed, CELLS))
+
+
 def measured(case: Case, seed: int, method: str) -> Row:
     """Recover one layer with one method."""
     weight, stack = planted(case, seed)
@@ -316,8 +356,9 @@ def measured(case: Case, seed: int, method: str) -> Row:
     )
 
 
-def run(groups: list[str], seeds: int, beside: int, table: Path, loras: Path | None) -> None:
-    """Measure what is not in the table yet, seed by seed, so that a part of the run is a smaller run."""
+@contextmanager
+def appended(table: Path) -> Iterator[tuple[Callable[[Row], None], set[tuple[str, int, str]]]]:
+    """What adds a row to the table, and what is there: case, seed and method."""
     done: set[tuple[str, int, str]] = set()
     if table.exists():
         known = pd.read_csv(table)
@@ -327,6 +368,17 @@ def run(groups: list[str], seeds: int, beside: int, table: Path, loras: Path | N
         table.write_text(",".join(field.name for field in fields(Row)) + "\n")
     with table.open("a", newline="") as file:
         writer = csv.writer(file)
+
+        def add(row: Row) -> None:
+            writer.writerow([getattr(row, field.name) for field in fields(Row)])
+            file.flush()
+
+        yield add, done
+
+
+def run(groups: list[str], seeds: int, beside: int, table: Path, loras: Path | None) -> None:
+    """Measure what is not in the table yet, seed by seed, so that a part of the run is a smaller run."""
+    with appended(table) as (add, done):
         for seed in range(seeds):
             for group in groups:
                 for case in cases(group, loras):
@@ -337,8 +389,7 @@ def run(groups: list[str], seeds: int, beside: int, table: Path, loras: Path | N
                         if (method in (TODAY, SPECTRAL) and not slow) or (case.name, seed, method) in done:
                             continue
                         row = measured(case, seed, method)
-                        writer.writerow([getattr(row, field.name) for field in fields(Row)])
-                        file.flush()
+                        add(row)
                         print(
                             f"{row.case}, seed {seed}, {method}: exact {row.exact:.4f}, {row.seconds:.1f} s", flush=True
                         )
@@ -475,6 +526,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--beside", type=int, default=SEEDS_BESIDE, help="seeds of the slow methods beside ours")
     parser.add_argument("--loras", type=Path, help="a folder of LoRA files of one base; measures the group `loras`")
+    parser.add_argument("--fuzz", type=int, metavar="LAYERS", help="measure so many random layers, and nothing else")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="of the random layers")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--picture", type=Path, help="draw the cells of one weight into this file, and nothing else")
     parser.add_argument("--out", type=Path, default=Path("results/half_precision"))
@@ -483,7 +536,9 @@ def main() -> None:
         picture(arguments.picture)
         return
     table = arguments.out / "cases.csv"
-    if not arguments.report:
+    if arguments.fuzz:
+        fuzz(arguments.fuzz, arguments.first, table)
+    elif not arguments.report:
         groups = arguments.groups or (["loras"] if arguments.loras else [group for group in GROUPS if group != "loras"])
         if "loras" in groups and arguments.loras is None:
             parser.error("the group loras needs --loras FOLDER")

@@ -18,7 +18,10 @@ from lowra.files import replacing
 from lowra.reporting.escape import clean, plot_text
 from lowra.reporting.figures import style
 
-CELL_INCHES = 1.5
+CELL_INCHES = 1.5  # of a picture with its gap, of which there are so many cells
+GAP = 0.05
+HEAD_INCHES = 0.5  # for the title, and for each line of a heading
+LINE_INCHES = 0.17
 
 
 def write_grid(
@@ -42,33 +45,28 @@ def write_grid(
             raise LowraError(f"There are no pictures of {label!r} in {artifacts}; run with keep_outputs=true.")
     rows = min(rows, *(len(pictures) for pictures in columns))
     prompts = _prompts(artifacts / "prompts.json", rows)
+    shown_as = [textwrap.fill(plot_text(heading), 20) for heading in headings or labels]
+    top = HEAD_INCHES + LINE_INCHES * max(heading.count("\n") + 1 for heading in shown_as)
+    # One pair of axes for all: with one for each picture matplotlib spends seconds on their frames.
     with style():
-        figure, axes = plt.subplots(
-            rows,
-            len(labels),
-            figsize=(CELL_INCHES * (len(labels) + 1), CELL_INCHES * rows + 0.8),
-            squeeze=False,
-            layout="constrained",
-        )
+        figure = plt.figure(figsize=(CELL_INCHES * (len(labels) + 1), CELL_INCHES * rows + top))
+        left, height = 1 / (len(labels) + 1), CELL_INCHES * rows / (CELL_INCHES * rows + top)
+        axes = figure.add_axes((left, 0, 1 - left, height))
         for j, pictures in enumerate(columns):
             for i in range(rows):
                 shown = _picture(pictures[i])
                 # Small pictures of a miniature keep their pixels; large ones are scaled smoothly.
                 scaling = "nearest" if shown.width < 128 else "antialiased"
-                axes[i, j].imshow(shown, interpolation=scaling)
-                axes[i, j].set(xticks=[], yticks=[])
-                axes[i, j].spines[:].set_visible(False)
-            axes[0, j].set_title(textwrap.fill(plot_text((headings or labels)[j]), 20), fontsize=9)
+                scale = (1 - GAP) / max(shown.size)
+                right, below = j + shown.width * scale, i + shown.height * scale
+                axes.imshow(shown, interpolation=scaling, extent=(j, right, below, i))
+            axes.text(j + 0.5, -GAP, shown_as[j], fontsize=9, ha="center", va="bottom")
         for i in range(rows):
-            axes[i, 0].set_ylabel(
-                textwrap.fill(plot_text(prompts[i], 120), 18),
-                fontsize=7,
-                rotation=0,
-                ha="right",
-                va="center",
-                multialignment="right",
-            )
-        figure.suptitle(plot_text(title, 120), fontsize=10)
+            prompt = textwrap.fill(plot_text(prompts[i], 120), 18)
+            axes.text(-GAP, i + 0.5, prompt, fontsize=7, ha="right", va="center", multialignment="right")
+        axes.set(xlim=(0, len(labels)), ylim=(rows, 0))
+        axes.set_axis_off()
+        figure.suptitle(plot_text(title, 120), fontsize=10, y=1 - 0.1 / figure.get_figheight(), va="top")
         # No creation date or version in the file: equal pictures give equal bytes.
         with replacing(out) as temporary:
             figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})

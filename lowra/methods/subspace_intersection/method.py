@@ -115,9 +115,11 @@ class SubspaceIntersection:
         half: HalfAnswer | None = None
         told: Expected | None = None
         by_cells = stored is not None and self.snap == self.refine == "auto"
-        if stored is not None and by_cells:
-            weight, answer, half = self._solve_cells(problem, stack, stored)
-        if half is None:
+        solved = self._solve_cells(problem, stack, stored) if stored is not None and by_cells else None
+        if solved is not None:
+            answer, half = solved
+            weight = half.weight
+        else:
             weight, answer, told = self._solve(problem)
             if problem.unit != 1:
                 weight = weight * problem.unit
@@ -146,24 +148,24 @@ class SubspaceIntersection:
 
     def _solve_cells(
         self, problem: Problem, stack: Tensor, stored: tuple[torch.dtype, ...]
-    ) -> tuple[Tensor, Answer, HalfAnswer | None]:
-        """Half-precision merges, cell by cell: W (d, k), the answer, and None for the last where the base is finer."""
+    ) -> tuple[Answer, HalfAnswer] | None:
+        """Half-precision merges, cell by cell; None where the base is finer, or the updates are not plain."""
         answer = closed_form(problem)  # a good start even where `low_signal` would not trust it
         if answer.scaled or answer.blocks:
-            return answer.estimate.dense(torch.float64), answer, None  # the cells know plain updates only
+            return None
         used = [label for label in problem.labels if label not in answer.outliers]
-        estimate = answer.estimate.dense(torch.float64).mul_(problem.unit).float()
         solver = Recoverer(
             stack if len(used) == len(stack) else stack[used],
             tuple(stored[i] for i in used),
-            estimate if answer.predicted is not None else None,  # where W is open, that is the mean
+            answer.estimate if answer.predicted is not None else None,  # where W is open, that is the mean
+            problem.unit,
             max(answer.ranks, default=0),
             problem.hint,
             problem.generator,
         )
         half = solver.recover()
         if half is None:
-            return estimate, answer, None
+            return None
         certificate = Certificate.CERTIFIED if half.certified else Certificate.UNCERTIFIED
         status = half.sentence
         if len(used) == 2:
@@ -175,7 +177,7 @@ class SubspaceIntersection:
         if answer.outliers:
             status = f"{status} Of another base and left out (models from 0): {', '.join(map(str, answer.outliers))}."
         name = next(name for name, dtype in grids.GRIDS.items() if dtype == half.grid)
-        return half.weight, replace(answer, certificate=certificate, status=status, ranks=half.ranks, grid=name), half
+        return replace(answer, certificate=certificate, status=status, ranks=half.ranks, grid=name), half
 
     def _solve(self, problem: Problem) -> tuple[Tensor, Answer, Expected | None]:
         """Solve, detect the grid, refine where it pays, round: W (d, k), the answer, and what error to expect of W."""

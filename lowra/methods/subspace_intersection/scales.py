@@ -20,11 +20,13 @@ from torch import Tensor
 from lowra.methods.subspace_intersection.noise import Noise, sampled_rows
 from lowra.methods.subspace_intersection.ranges import MARGINS, OVERSAMPLING, row_blocks
 
-# Rows and columns that the ratios are found on before they are refined on all; four times as many where no rank does.
-SAMPLE = 256
+# Rows and columns that the ratios are found on before they are refined on all; the second where no rank does.
+SAMPLES = (256, 1024)
 
-# The first rank tried, and from one to the next.
-GROWTH = 4
+# The first rank tried, and from one to the next. (A rank that is too low is found out in three steps; one far too high
+# costs more of them, and each more.)
+LOWEST = 4
+GROWTH = 2
 
 # Columns of an image beyond the rank tried.
 EXTRA = 4
@@ -82,7 +84,7 @@ def row_ratio(
     the sample are tried: what they leave over tells whether the answer is right. That takes some directions too many;
     the ratios are found again at the rank itself.
     """
-    for size in (SAMPLE, GROWTH * SAMPLE):
+    for size in SAMPLES:
         rows, columns = (
             torch.randperm(count, generator=generator)[:size].sort().values.to(first.device) for count in first.shape
         )
@@ -204,7 +206,7 @@ class _Pair:
         too large explains it as well, by ratios that are wrong in as many rows.
         """
         d, m = self.x.shape
-        ratio, below, rank = self.plain(), 0, GROWTH
+        ratio, below, rank = self.plain(), 0, LOWEST
         while 2 * rank <= min(d, m):
             columns = torch.randn(m, min(rank + EXTRA, d, m), generator=generator, dtype=torch.float64)
             fit = self.fitted(ratio, rank, self.times(ratio, columns.to(self.x.device)))
@@ -214,12 +216,12 @@ class _Pair:
             below, rank = rank, expected if rank < expected < GROWTH * rank else GROWTH * rank
         else:
             return fit
-        values = fit.values[below:rank]
+        # The largest gap, of which one may be above the rank tried, is the rank; the rank below it confirms it.
+        values = fit.values[below : rank + 1]
         gap = below + 1 + int((values[:-1] / values[1:].clamp_min(TINY)).argmax()) if len(values) > 1 else rank
-        tried = rank - 1 if rank == expected else gap
+        tried = min(gap, rank - 1)
         while fit.rank - below > 1:
             smaller = self.fitted(fit.ratio, tried, fit.image[:, : tried + EXTRA])
-            # The gap, where it is one, is confirmed by the rank below it.
             confirm = smaller.explained and fit.rank - tried > 1
             below, fit = (below, smaller) if smaller.explained else (tried, fit)
             tried = tried - 1 if confirm else (below + fit.rank) // 2

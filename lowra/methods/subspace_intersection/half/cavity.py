@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.half.boxes import score_and_curvature
-from lowra.methods.subspace_intersection.half.fit import Factors, Variances, pull, ridge
+from lowra.methods.subspace_intersection.half.fit import Factors, Variances, force, pull, ridge
 from lowra.methods.subspace_intersection.half.held_out import Evidence, evidence
 from lowra.methods.subspace_intersection.half.lattice import REACH, Site, decode, settled
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites
@@ -46,6 +46,12 @@ FIRM = 1e3
 # Factors of the updates' variances that held-out cells may ask for.
 LEAST_FACTOR, MOST_FACTOR = 1.0, 64.0
 
+# Deviation of the estimate, in spacings of the grid, up to which a distance from the grid tells something.
+TELLING = 0.25
+
+# Standard deviations by which a row or column further off the grid than others stands out.
+OUTSTANDING = 3.0
+
 # Probability from which a weight is called sure.
 SURE = 0.999
 
@@ -56,8 +62,8 @@ class Decoded:
 
     predicted: expected share of W on the bit. sure: share of weights known with probability `SURE`. square_error:
     expected mean square of the error, in the units of the cells. slope: of the fit at the new sites, None after the
-    last sweep. weight (d, k) and chance (d, k) float16, the likeliest numbers and their probability, are kept when
-    asked for.
+    last sweep. weight (d, k), the likeliest numbers, as they are and in their own format, and chance (d, k) float16,
+    their probability, are kept when asked for.
     """
 
     predicted: float = 0.0
@@ -70,10 +76,45 @@ class Decoded:
 
 
 @dataclass(frozen=True)
+class Lines:
+    """How far rows and columns are from the grid: sums of chi and counts, (2, d) and (2, k)."""
+
+    by_row: Tensor
+    by_column: Tensor
+
+    @classmethod
+    def of(cls, stack: Tensor) -> Lines:
+        """None seen yet, for a stack (n, d, k)."""
+        _, d, k = stack.shape
+        return cls(stack.new_zeros(2, d), stack.new_zeros(2, k))
+
+    def add(self, rows: slice, miss: Tensor, spread: Tensor, step: Tensor) -> None:
+        """Take in the distance of some rows (rows, k) from the numbers chosen, its variance, and the spacing there."""
+        telling = spread < (TELLING * step).square_()
+        chi = miss.square_().div_(spread).mul_(telling)
+        for values, own in zip((chi, telling), (0, 1), strict=True):
+            self.by_row[own, rows] = values.sum(1, dtype=miss.dtype)
+            self.by_column[own] += values.sum(0, dtype=miss.dtype)
+
+    def doubtful(self) -> Tensor:
+        """The entries (d, k) of rows and columns that are further off than others by more than chance."""
+        rows, columns = (_stands_out(*sums) for sums in (self.by_row, self.by_column))
+        return rows[:, None] | columns
+
+
+def _stands_out(total: Tensor, count: Tensor) -> Tensor:
+    mean = total / count.clamp_min(1)
+    middle = mean.median()
+    scatter = 1.4826 * (mean - middle).abs().median()  # the standard deviation, if they are normal
+    return mean > middle + OUTSTANDING * scatter
+
+
+@dataclass(frozen=True)
 class Sweep:
     """A pass over a layer. misfit: chi of each model. variance_factor: of the updates' variance while decoding.
 
-    limit: largest precision of the sites made where W is not known.
+    limit: largest precision of the sites made where W is not known. lines: where to count how far from the grid rows
+    and columns are, None counts nothing.
     """
 
     cells: Cells
@@ -83,13 +124,14 @@ class Sweep:
     misfit: tuple[float, ...]
     limit: float
     variance_factor: float = 1.0
+    lines: Lines | None = None
 
     def run(self, *, keep: bool = True, last: bool = False) -> Decoded:
         """Decode, and renew the sites in place. keep: hand back the weights. last: leave the sites as they are."""
         _, d, k = self.cells.stack.shape
         found = Decoded(evidence=Evidence(self._tried(), self.cells.base))
         if keep:
-            found.weight = self.cells.stack.new_empty(d, k)
+            found.weight = self.cells.stack.new_empty(d, k, dtype=self.cells.kept)
             found.chance = self.cells.stack.new_empty(d, k, dtype=torch.float16)
         by_left = [torch.zeros_like(left) for left in self.factors.left]
         by_right = [torch.zeros_like(right) for right in self.factors.right]
@@ -135,10 +177,7 @@ class Sweep:
         self._renew(rows, centre, half, update, variance, own, mean, known, extra)
         sites.weight[rows] = site_weight
         sites.centre[rows] = site_centre
-        precision, total = sites.read(rows)
-        rest = torch.addcmul(centre, half, sites.offset[:, rows].float()).sub_(update)
-        weight = (precision * rest).sum(0).addcmul_(sites.weight[rows].float(), site_centre).div_(total)
-        pull(rest.sub_(weight).mul_(precision), rows, self.factors, by_left, by_right)
+        pull(force(sites, rows, centre, half, update), rows, self.factors, by_left, by_right)
 
     def _decode(
         self, rows: slice, target: Tensor, half: Tensor, variance: Tensor, found: Decoded
@@ -152,7 +191,7 @@ class Sweep:
             total = precision.sum(0)
             what = precision.mul_(target).sum(0).div_(total)
             if found.weight is not None:
-                found.weight[rows] = what
+                found.weight[rows] = what / cells.scale
             return what, torch.full_like(what, math.inf), torch.zeros_like(what), what
         near, clear = settled(grid, target, half, variance.sqrt())
         limit = FIRM * MEDIAN
@@ -175,11 +214,16 @@ class Sweep:
             found.square_error += float(part.variance.addcmul(miss := part.mean - part.best, miss).sum())
             if found.weight is not None:
                 best = near.view(-1).index_copy(0, open_, part.best).view(shape)
+        if self.lines is not None:
+            precision = half.square().div_(3).add_(variance).reciprocal_()
+            spread = precision.sum(0).reciprocal_()
+            miss = precision.mul_(target).sum(0).mul_(spread).sub_(best)
+            self.lines.add(rows, miss, spread, grid.spacing(best))
         decided = near.numel() - len(open_)
         found.predicted += decided + (float(share.sum()) if share is not None else 0.0)
         found.sure += decided + (int((share > SURE).sum()) if share is not None else 0)
         if found.weight is not None and found.chance is not None:
-            found.weight[rows] = best
+            found.weight[rows] = best / cells.scale
             found.chance[rows] = 1
             if share is not None:
                 found.chance[rows].view(-1).index_copy_(0, open_, share.to(torch.float16))

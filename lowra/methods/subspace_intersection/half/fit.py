@@ -269,6 +269,14 @@ class Quadratic:
         return change
 
 
+def force(sites: Sites, rows: slice, centre: Tensor, half: Tensor, update: Tensor) -> Tensor:
+    """P_i (x_i - W - M_i) of some rows (n, rows, k), W where it is best; overwrites `half`, the cells' half widths."""
+    precision, total = sites.read(rows)
+    rest = half.mul_(sites.offset[:, rows]).add_(centre).sub_(update)
+    weight = (precision * rest).sum(0).add_(sites.weight[rows] * sites.centre[rows]).div_(total)
+    return rest.sub_(weight).mul_(precision)
+
+
 def pull(
     force: Tensor, rows: slice, factors: Factors, by_left: list[Tensor], by_right: list[Tensor], only: str = "both"
 ) -> None:
@@ -305,10 +313,8 @@ def slope(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor] | No
     by_right = [torch.zeros_like(right) for right in factors.right]
     for rows in cells.blocks():
         centre, half = cells.read(rows)
-        precision, total = sites.read(rows)
-        rest = half.mul_(sites.offset[:, rows]).add_(centre).sub_(factors.updates(rows, centre.new_empty(centre.shape)))
-        weight = (precision * rest).sum(0).add_(sites.weight[rows] * sites.centre[rows]).div_(total)
-        pull(rest.sub_(weight).mul_(precision), rows, factors, by_left, by_right)
+        update = factors.updates(rows, torch.empty_like(centre))
+        pull(force(sites, rows, centre, half, update), rows, factors, by_left, by_right)
     ridge(sizes or factors.sizes(), factors, by_left, by_right, -1.0)
     return Factors(tuple(by_left), tuple(by_right))
 

@@ -50,12 +50,13 @@ class Evidence:
     """Log probabilities of the held-out numbers, and what the predictions expected them to be, under some variances.
 
     factors: of the updates' variances: 1, and some around the one in use. base: the grid of W. What is expected takes a
-    dozen times as long to tell as what is so, and is told only when asked for.
+    dozen times as long to tell as what is so, and is told only when asked for; deviations: what was, by factor.
     """
 
     factors: tuple[float, ...]
     base: Grid | None = None
     asked: list[Question] = field(default_factory=list)
+    deviations: dict[float, float] = field(default_factory=dict)
 
     @cached_property
     def actual(self) -> Tensor:
@@ -73,19 +74,21 @@ class Evidence:
         """Mean log probability of a held-out number, in nats, under the best factor."""
         return float(self.actual.max())
 
-    @cached_property
+    @property
     def deviation(self) -> float:
         """Under factor 1, the same less its expectation: near 0 for a right explanation, negative for a wrong one."""
         return self._deviation(1.0)
 
-    @cached_property
+    @property
     def calibrated_deviation(self) -> float:
         """The same under the best factor."""
         return self._deviation(self.factors[self.best])
 
     def _deviation(self, factor: float) -> float:
-        actual, expected = self._means((factor,), expecting=True)
-        return float(actual - expected)
+        if factor not in self.deviations:
+            actual, expected = self._means((factor,), expecting=True)
+            self.deviations[factor] = float(actual - expected)
+        return self.deviations[factor]
 
     def _means(self, factors: tuple[float, ...], *, expecting: bool) -> tuple[Tensor, Tensor]:
         """Means over the held-out numbers under some factors, (f,) each; the second is 0 unless asked for."""

@@ -8,13 +8,14 @@ the other way round.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lowra.methods.subspace_intersection.half.fit import Factors, Quadratic, effective_variances, qr_of, slope
-from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, plain_sites
+from lowra.methods.subspace_intersection.half.fit import Factors, Quadratic, effective_variances, force, qr_of, slope
+from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites, plain_sites
 
 # Layers of at most this many entries are solved at once.
 SMALL = 2**18
@@ -38,7 +39,11 @@ class Part:
 
     def of(self, weight: Tensor) -> Tensor:
         """The part of a weight (d, k) or of a stack (n, d, k)."""
-        return weight.index_select(-2, self.rows).index_select(-1, self.columns).contiguous()
+        return self.columns_of(weight.index_select(-2, self.rows))
+
+    def columns_of(self, rows: Tensor) -> Tensor:
+        """The part of its rows (..., rows, k)."""
+        return rows.index_select(-1, self.columns)
 
 
 def choose_part(shape: tuple[int, int], rank: int, generator: torch.Generator, device: torch.device) -> Part | None:
@@ -101,20 +106,45 @@ def one_side(cells: Cells, factors: Factors, side: str) -> Factors:
     return factors.moved(model.step(down, variances, EXTENSION_ITERATIONS, EXTENSION_TOLERANCE), 1.0)
 
 
-def extra_directions(cells: Cells, factors: Factors, count: int, generator: torch.Generator) -> Factors:
-    """Factors with `count` more directions a model, the largest of what they leave over.
+def extra_directions(cells: Cells, sites: Sites, factors: Factors, count: int, generator: torch.Generator) -> Factors:
+    """Factors with `count` more directions a model, the largest of the force that what they leave over has on them.
 
-    A part of the layer does not see directions that the whole layer does.
+    A part of the layer does not see directions that the whole layer does. The force weighs every entry by the precision
+    of its site: faint directions show in the smallest weights alone. A randomized range finder with half a power step
+    (Halko et al. 2011).
     """
-    weight = torch.zeros_like(cells.stack[0])
-    for model, left, right in zip(cells.stack, factors.left, factors.right, strict=True):
-        weight.add_(model, alpha=cells.scale).addmm_(left, right.mT, alpha=-1)
-    weight /= len(cells.stack)
-    lefts, rights = [], []
-    for model, left, right in zip(cells.stack, factors.left, factors.right, strict=True):
-        rest = (model * cells.scale).sub_(weight).addmm_(left, right.mT, alpha=-1)
-        basis = torch.randn(rest.shape[1], count, generator=generator).to(rest.device)
-        left_new = qr_of(rest @ (rest.mT @ qr_of(rest @ basis)[0]))[0]
-        lefts.append(torch.cat([left, left_new], 1))
-        rights.append(torch.cat([right, rest.mT @ left_new], 1))
-    return Factors(tuple(lefts), tuple(rights)).balanced()
+    own = [0.0] * len(cells.stack)
+
+    def forces() -> Iterator[tuple[slice, Tensor]]:
+        for rows in cells.blocks():
+            centre, half = cells.read(rows)
+            yield rows, force(sites, rows, centre, half, factors.updates(rows))
+
+    def times(rights: Sequence[Tensor]) -> list[Tensor]:
+        images = [right.new_empty(cells.stack.shape[1], right.shape[1]) for right in rights]
+        for rows, pulls in forces():
+            for image, part, right in zip(images, pulls, rights, strict=True):
+                torch.mm(part, right, out=image[rows])
+        return images
+
+    new = cells.stack.new_empty
+    k = cells.stack.shape[2]
+    sketches = times([torch.randn(k, count, generator=generator).to(cells.stack.device) for _ in own])
+    rights = [new(k, count).zero_() for _ in own]
+    lefts = [qr_of(sketch)[0] for sketch in sketches]
+    for rows, pulls in forces():
+        for right, part, left in zip(rights, pulls, lefts, strict=True):
+            right.addmm_(part.mT, left[rows])
+    rights = [qr_of(right)[0] for right in rights]
+    # Where the force of an entry is its precision times what is missing, so is that of a direction, in the mean.
+    for rows in cells.blocks():
+        precision, total = sites.read(rows)
+        for i, part in enumerate(precision.sub_(precision.square().div_(total)).sum((1, 2)).tolist()):
+            own[i] += part
+    size = cells.stack[0].numel()
+    lefts = [image.mul_(size / max(mean, 1e-30)) for image, mean in zip(times(rights), own, strict=True)]
+    joined = Factors(
+        tuple(torch.cat(pair, 1) for pair in zip(factors.left, lefts, strict=True)),
+        tuple(torch.cat(pair, 1) for pair in zip(factors.right, rights, strict=True)),
+    )
+    return joined.balanced()

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lowra.methods.subspace_intersection.answer import Estimate
 from lowra.methods.subspace_intersection.half import levels
-from lowra.methods.subspace_intersection.half.cavity import SURE, Decoded, Sweep
+from lowra.methods.subspace_intersection.half.cavity import SURE, Decoded, Lines, Sweep
 from lowra.methods.subspace_intersection.half.cells import format_of, grid_of
 from lowra.methods.subspace_intersection.half.fit import Factors, Variances, qr_of
 from lowra.methods.subspace_intersection.half.rounds import FROM_NEARBY, SLACK, Run, approached, converge
@@ -54,6 +55,9 @@ COARSER = 0.6
 # with a base on no grid.
 EASY = 0.97
 
+# Rounds between two additions of directions.
+GROWING = 4
+
 # Clips of the rounds where the updates are faintest, of those that finish what a part began, and of those where it has
 # seen all directions.
 AT_ONCE = (1000.0,)
@@ -64,6 +68,11 @@ FINISH_CLEAR = (100.0, 1000.0)
 # would have been seen too, and one beyond a gap is worth no more than the noise in two others. Not of faint updates:
 # what was pruned of them before the rounds came to rest leaves a gap where there is none.
 CLEAR = 2.0
+
+
+# Factor of the updates' variances, over what held-out cells ask for, under which a sure weight has to stay so; and the
+# probability that one is given which does not.
+WIDER, DOUBTED = 2.0, 0.998
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,25 @@ def certifiable(run: Run, models: int, hint: int | None) -> bool:
     )
 
 
+def doubt(cells: Cells, run: Run) -> None:
+    """Take back that weights are sure where a second look, with larger variances of the updates, leaves doubts.
+
+    Held-out cells calibrate the variances by the weights that are many. The smallest, whose cells are narrowest, show
+    first where the updates are less certain than that. And what the updates of all models have wrong together moves W
+    off the grid, a whole row or column of it, which shows there even where every number chosen seems sure.
+    """
+    decoded, lines = run.decoded, Lines.of(cells.stack)
+    assert decoded.weight is not None
+    assert decoded.chance is not None
+    factor = WIDER * decoded.evidence.factors[0]
+    again = Sweep(cells, run.sites, run.factors, run.variances, run.misfit, MEDIAN, factor, lines).run(last=True)
+    assert again.weight is not None
+    assert again.chance is not None
+    unsure = (again.weight != decoded.weight).logical_or_(again.chance < SURE).logical_or_(lines.doubtful())
+    decoded.chance.masked_fill_(unsure & (decoded.chance >= SURE), DOUBTED)
+    decoded.sure = float((decoded.chance >= SURE).double().mean())
+
+
 def formats(stack: Tensor) -> tuple[torch.dtype, ...] | None:
     """The half-precision format of each model (n, d, k), None where one has numbers that lie on neither grid."""
     found = [format_of(weight) for weight in stack]
@@ -175,13 +203,14 @@ def formats(stack: Tensor) -> tuple[torch.dtype, ...] | None:
 class Recoverer:
     """One layer, its starts and its choices.
 
-    estimate: the closed form's W (d, k), None where it is open. counted: the largest rank it found. hint: rank
-    where it was granted.
+    closed: the closed form's W in the scale it was worked on, None where it is open, and what 1 is there. counted: the
+    largest rank it found. hint: rank where it was granted.
     """
 
     stack: Tensor
     dtypes: tuple[torch.dtype, ...]
-    estimate: Tensor | None
+    closed: Estimate | None
+    one: float
     counted: int
     hint: int | None
     generator: torch.Generator
@@ -201,12 +230,12 @@ class Recoverer:
             alone.sure = 0.0
             return self._answer(alone, "vote", base, scale, tried)
         part = levels.choose_part((d, k), self.hint or max(self.counted, LIKELY), self.generator, self.stack.device)
-        cells, estimate = whole, self.estimate
+        cells = whole
         calm_rounds = 2 if part is None else 1  # the whole layer has rounds of its own
         if part is not None:
             stack = part.of(self.stack)
             cells = replace(whole, stack=stack, held=hold_out(stack, self.generator))
-            estimate = None if estimate is None else part.of(estimate)
+        estimate = self._estimate(part)
         name, run = self._chosen(cells, estimate, tried, calm_rounds)
         if max(run.misfit) > MISFIT:
             other = replace(cells, twice=True)
@@ -229,11 +258,13 @@ class Recoverer:
             missing = max(0, (self.hint or 0) - min(factors.ranks))
             if self.hint is None and not clear:
                 missing = 8 + max(factors.ranks) // 4
+            first = AT_ONCE[0] if faint < APPROACHES[0][0] else 1.0
             if missing:
-                factors = levels.extra_directions(whole, factors, missing, self.generator)
+                sites = plain_sites(whole, first * MEDIAN)
+                factors = levels.extra_directions(whole, sites, factors, missing, self.generator)
             if faint < APPROACHES[0][0]:
-                # Directions that the part did not see are small, and come only with the smallest weights.
-                run = converge(whole, factors, AT_ONCE, good=max(run.misfit) <= MISFIT)
+                good = max(run.misfit) <= MISFIT
+                run = self._grown(whole, converge(whole, factors, AT_ONCE, most=GROWING, good=good), good=good)
             elif max(run.misfit) > MISFIT:
                 run = converge(whole, factors, FROM_NEARBY)
             else:
@@ -244,7 +275,32 @@ class Recoverer:
             alone = self._unfitted(whole)
             if alone.predicted > decoded.predicted or alone.evidence.likelihood > run.likelihood:
                 return self._answer(alone, "vote", base, scale, tried)
+        if certified:
+            doubt(whole if part is not None else cells, run)
         return self._answer(decoded, name, base, scale, tried, run, certified=certified)
+
+    def _grown(self, cells: Cells, run: Run, *, good: bool) -> Run:
+        """A run whose updates are faint, with more directions as long as these predict held-out cells better.
+
+        Faint directions come only with the smallest weights, and the more are known, the more of them do.
+        """
+        while max(run.factors.ranks) < room(cells.stack.shape[1:]):
+            count = 8 + max(run.factors.ranks) // 4
+            more = levels.extra_directions(cells, run.sites, run.factors, count, self.generator)
+            again = converge(cells, more, AT_ONCE, most=GROWING, good=good, sites=run.sites)
+            gain = again.likelihood - run.likelihood
+            if gain > 0:
+                run = again
+            if gain < SLACK:
+                break
+        return converge(cells, run.factors, AT_ONCE, good=good, sites=run.sites)
+
+    def _estimate(self, part: levels.Part | None) -> Tensor | None:
+        """The closed form's W, of a part of the layer where one is solved first: of a large layer it is never whole."""
+        if self.closed is None:
+            return None
+        found = self.closed.dense(torch.float64) if part is None else part.columns_of(self.closed.rows(part.rows))
+        return found.mul_(self.one).float()
 
     def _answer(
         self,
@@ -260,7 +316,7 @@ class Recoverer:
         assert decoded.weight is not None
         assert decoded.chance is not None
         return HalfAnswer(
-            weight=decoded.weight.div_(scale),
+            weight=decoded.weight.float(),
             chance=decoded.chance,
             predicted=decoded.predicted,
             sure=decoded.sure,
@@ -327,9 +383,8 @@ class Recoverer:
         assert run.decoded.weight is not None
         assert run.decoded.chance is not None
         sure = run.decoded.weight[run.decoded.chance > SURE]
-        coarse = grid_of(torch.bfloat16, cells.scale)
-        if len(sure) and float((coarse.nearest(sure) == sure).float().mean()) > COARSER:
-            other = replace(cells, base=coarse)
+        if len(sure) and float((sure.to(torch.bfloat16) == sure).float().mean()) > COARSER:
+            other = replace(cells, base=grid_of(torch.bfloat16, cells.scale))
             again = converge(other, run.factors, FROM_NEARBY)
             if again.likelihood > run.likelihood:
                 return other, again, torch.bfloat16
@@ -350,7 +405,7 @@ class Recoverer:
         decoded = Sweep(cells, sites, nothing, variances, (0.0,) * n, MEDIAN).run(last=True)
         assert decoded.weight is not None
         assert decoded.chance is not None
-        voted = cells.base.nearest(vote(cells.stack) * cells.scale)
+        voted = (cells.base.nearest(vote(cells.stack) * cells.scale) / cells.scale).to(decoded.weight.dtype)
         # Where the posterior prefers another number, the vote's has at most what is left.
         torch.where(voted == decoded.weight, decoded.chance, decoded.chance.neg().add_(1), out=decoded.chance)
         decoded.weight = voted

@@ -50,7 +50,7 @@ SLACK = 0.01
 class Run:
     """The round whose held-out cells were predicted best. misfit: chi of each model. rounds: how many there were.
 
-    edge: relevance of the faintest direction kept.
+    edge: relevance of the faintest direction kept. variances: of the updates in that round. sites: of the last one.
     settled: nothing moved at the end. trace: (predicted, misfit, held-out likelihood) of every round.
     """
 
@@ -60,6 +60,8 @@ class Run:
     rounds: int
     settled: bool
     edge: float
+    variances: Variances
+    sites: Sites
     trace: list[tuple[float, float, float]] = field(default_factory=list)
 
     @property
@@ -82,8 +84,11 @@ def converge(
     tolerance: float = TOLERANCE,
     good: bool = False,
     calm_rounds: int = 2,
+    sites: Sites | None = None,
 ) -> Run:
     """Rounds from some factors. good: the start is near the answer, so that the misfit is judged at the clip.
+
+    sites: to begin with, which are overwritten; where nothing was decoded yet, None.
 
     calm_rounds: how many rounds in running that move next to nothing end it.
 
@@ -91,7 +96,7 @@ def converge(
     """
     torch.set_flush_denormal(True)
     limits = [clip * MEDIAN for clip in clips]
-    sites = plain_sites(cells, limits[0])
+    sites = sites or plain_sites(cells, limits[0])
     factors = factors.balanced()
     down = slope(cells, sites, factors)
     variances: Variances | None = None
@@ -118,7 +123,7 @@ def converge(
             still = still + 1 if calm else 0
         if best is None or decoded.evidence.likelihood > best.likelihood - SLACK:
             edge = min(float(relevance.min()) for relevance in relevances(factors, variances))
-            best = Run(factors, misfit, decoded, t + 1, still >= calm_rounds, edge)
+            best = Run(factors, misfit, decoded, t + 1, still >= calm_rounds, edge, variances, sites)
         if still >= calm_rounds and t >= len(limits) - 1:
             break
         if decoded.slope is not None:

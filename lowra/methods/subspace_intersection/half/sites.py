@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowra.methods.subspace_intersection.half.cells import Grid, grid_of
+from lowra.methods.subspace_intersection.half.cells import HALF, Grid, grid_of
 
 # Entries of all models in one block.
 BLOCK = 2**18
@@ -69,6 +69,12 @@ class Cells:
             for values in zip(*((g.eps, g.tiny) for g in grids), strict=True)
         )
         return Grid(eps, tiny)
+
+    @property
+    def kept(self) -> torch.dtype:
+        """The format that numbers of W's grid are kept in, whole layers of them."""
+        base = self.base
+        return torch.float32 if base is None else next(d for d in HALF if torch.finfo(d).eps == base.eps)
 
     def read(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Centre and half width of the cells of some rows: (n, rows, k) each."""
