@@ -450,9 +450,18 @@ def tables(
     # Whoever finished what first: means are sums in this order, to the last bit.
     draw = lambda r: (*(str(r[c]) for c in SETTING), r["n_loras"], r["trial"], r["label"])  # noqa: E731
     kept.sort(key=lambda r: (*draw(r), r["layer_model"], r["depth"] or 0, r["layer_name"]))
-    layers = pd.DataFrame([_row(record) for record in kept])
+    layers = _as_objects(pd.DataFrame([_row(record) for record in kept]))
     history = [step for record in kept if record.get("history") for step in _steps(record)]
-    return Records(layers, _scores(kept, scores), pd.DataFrame(history), contexts, tuple(said))
+    steps = _as_objects(pd.DataFrame(history))
+    return Records(layers, _as_objects(_scores(kept, scores)), steps, contexts, tuple(said))
+
+
+def _as_objects(frame: pd.DataFrame) -> pd.DataFrame:
+    """Texts as Python's own, in one block: of dozens of string arrays each is taken apart by itself, slowly."""
+    import pandas as pd
+
+    texts = [name for name in frame if isinstance(frame[name].dtype, pd.StringDtype)]
+    return frame.astype(dict.fromkeys(texts, object)).copy()
 
 
 def _newest(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:

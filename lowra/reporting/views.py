@@ -205,7 +205,7 @@ def views(records: Records, methods_order: Sequence[str] | None = None) -> list[
     layers = records.layers
     if layers.empty:
         return []
-    layers = layers.assign(draw=layers["models"].map(draw_name), row=_row_names(layers))
+    layers = layers.assign(draw=layers["models"].map(draw_name).astype(object), row=_row_names(layers).astype(object))
     summed = trials(layers, records.scores)
     identity = layers[[*SETTING, "variant", "device", "row"]].drop_duplicates()
     summed = summed.merge(identity, on=[*SETTING, "variant", "device"], how="left")

@@ -88,13 +88,14 @@ def row_ratio(
         rows, columns = (
             torch.randperm(count, generator=generator)[:size].sort().values.to(first.device) for count in first.shape
         )
-        part = _Pair.of(first[rows][:, columns].double(), second[rows][:, columns].double(), noise)
+        y, x = first[:, columns], second[:, columns]
+        part = _Pair.of(y[rows].double(), x[rows].double(), noise)
         cosine = part.product / (part.size * squares(part.y)).sqrt().clamp_min(TINY)
         if float(cosine.median()) < min(0.5, PARALLEL / math.sqrt(columns.numel())):
             return None
         fit = part.grown(generator, expected)
         if fit.explained:
-            start = part.extended(part.mended(fit), first[:, columns], second[:, columns])
+            start = part.extended(part.mended(fit), y, x)
             whole = _Pair.of(first, second, noise)
             found = whole.settled(start, generator)
             if found.explained:
@@ -159,10 +160,9 @@ class _Pair:
     def vectors(self, ratio: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Right singular vectors (m, c) and values (c,) of the difference on the range of an image (d, c)."""
         columns = torch.linalg.qr(image).Q.contiguous()
-        scaled = ratio[:, None] * columns
         total = columns.new_zeros(self.x.shape[1], columns.shape[1])
         for block, a, b in row_pairs(self.y, self.x):
-            total.addmm_(a.mT, columns[block]).addmm_(b.mT, scaled[block], alpha=-1)
+            total.addmm_(torch.addcmul(a, ratio[block, None], b, value=-1).mT, columns[block])
         right, values, _ = torch.linalg.svd(total, full_matrices=False)
         return right, values
 
