@@ -1,6 +1,6 @@
 """Time and memory of recovery, reading and merging, side by side in one run on this machine.
 
-    python scripts/benchmark.py            all of it, about 6 minutes on 2 quiet cores
+    python scripts/benchmark.py            all of it, about 10 minutes on 2 quiet cores
     python scripts/benchmark.py --quick    small shapes, under a minute: does it run, and roughly how fast
     python scripts/benchmark.py --only read merge
 
@@ -39,8 +39,7 @@ from lowra.methods.base import Method, Observation
 from lowra.methods.spectral_detuning import RankScheduler, SpectralDeTuning
 from lowra.methods.subspace_intersection import SubspaceIntersection
 from lowra.methods.subspace_intersection.method import REFINE_ENTRIES
-from lowra.metrics.weight_error import weight_error
-from lowra.paths import results_dir
+from lowra.metrics.weight_error import exact_fraction, weight_error
 
 PLAIN = "Algorithm 2, plain"
 
@@ -53,6 +52,9 @@ READ_PARQUET_DATASETS = "datasets with torch format, parquet file"
 # enough for subspace intersection to take its passes in float32, as those of published 7B fine-tunes are.
 UPDATE_RMS = 2e-3
 SMALL_UPDATE_RMS = 2e-4
+
+# Share of exact weights from which it is told: of weights on no coarse grid it is chance.
+ON_THE_BIT = 0.3
 
 # Entries of the stacks of the steps in one timing of the full-space iterations, about a tenth of a second.
 TIMED_ENTRIES = 20_000_000
@@ -234,14 +236,23 @@ def measured(
 
 
 def recovered(
-    section: str, shape: Shape, method: Method, runs: int, data: tuple[Tensor, Tensor], memory: bool = False
+    section: str,
+    shape: Shape,
+    method: Method,
+    runs: int,
+    data: tuple[Tensor, Tensor],
+    memory: bool = False,
+    storage: torch.dtype = torch.float32,
 ) -> tuple[Row, list[int]]:
     """A whole run of one of our methods on a planted layer, and the ranks of its steps where it keeps them."""
     weight, stack = data
     what = method.pretty + (", compress" if getattr(method, "compress", False) else "")
-    observation = Observation(stack, rank=shape.r if method.needs_rank else None)
+    observation = Observation(stack, rank=shape.r if method.needs_rank else None, storage=storage)
     row, recovery = measured(section, what, shape, partial(method.recover, observation), runs, memory)
-    row = replace(row, steps=getattr(method, "steps", None), w_error=weight_error(recovery.candidates[0], weight))
+    estimate = recovery.candidates[0]
+    exact = exact_fraction(estimate, weight)
+    row = replace(row, steps=getattr(method, "steps", None), w_error=weight_error(estimate, weight))
+    row = replace(row, note=f"{exact:.2%} exact" if exact > ON_THE_BIT else "")
     return row, [int(step["rank"]) for step in recovery.history or []]
 
 
@@ -391,7 +402,49 @@ def merging(quick: bool, runs: int) -> list[Row]:
     return rows
 
 
-SECTIONS = {"recovery": recovery, "growth": growth, "read": reading, "merge": merging}
+def half_precision(quick: bool, runs: int) -> list[Row]:
+    """Merges stored in bfloat16, of a base on its grid: cell by cell, and as if the rounding were noise."""
+    rows = []
+    for shape in (Shape(3, 256, 256, 8), Shape(3, 768, 768, 16), Shape(3, 4096, 4096, 64))[:: 3 if quick else 1]:
+        weight, merged = planted(shape)
+        merged -= weight
+        merged *= 2.0**-8 * 0.04 / merged.square().mean().sqrt()  # about the spacing of the grid
+        weight = weight.bfloat16().float()
+        data = weight, merged.add_(weight).bfloat16().float()
+        del merged
+        once = 1 if shape.d > 1000 else runs
+        for what, method in (
+            ("cell by cell", SubspaceIntersection()),
+            ("weighted", SubspaceIntersection("bf16", "weighted")),
+        ):
+            row, _ = recovered("half precision", shape, method, once, data, memory=True, storage=torch.bfloat16)
+            rows.append(replace(row, what=f"{row.what}, {what}"))
+    return rows
+
+
+def scaled(quick: bool, runs: int) -> list[Row]:
+    """Merges whose rows were scaled, as DoRA's, beside the plain ones of the same updates."""
+    rows = []
+    for shape in (Shape(3, 256, 256, 8), Shape(3, 768, 768, 16), Shape(3, 1024, 4096, 64))[:: 3 if quick else 1]:
+        weight, stack = planted(shape, 10 * UPDATE_RMS)
+        weight, update = weight.bfloat16().float(), stack - weight
+        moved = torch.rand(shape.n, shape.d, 1, generator=torch.Generator().manual_seed(1))
+        plain = update + weight
+        own = weight.norm(dim=1, keepdim=True) / plain.norm(dim=2, keepdim=True)
+        for what, merged in (("plain", plain), ("rows scaled", plain * own * (0.98 + 0.04 * moved))):
+            row, _ = recovered("scaled", shape, SubspaceIntersection(), runs, (weight, merged), memory=True)
+            rows.append(replace(row, what=f"{row.what}, {what}"))
+    return rows
+
+
+SECTIONS = {
+    "recovery": recovery,
+    "growth": growth,
+    "half precision": half_precision,
+    "scaled": scaled,
+    "read": reading,
+    "merge": merging,
+}
 
 
 # ---- Ceilings -----------------------------------------------------------------------------------------------------
@@ -542,7 +595,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run (all)")
     parser.add_argument("--runs", type=int, default=5, help="warm runs a number is the median of, 2 or more (5)")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (as many as it takes by itself)")
-    parser.add_argument("--out", type=Path, default=results_dir() / "benchmark", help="folder for the results")
+    parser.add_argument("--out", type=Path, default=Path("results") / "benchmark", help="folder for the results")
     options = parser.parse_args()
     if options.runs < 2:
         parser.error(f"--runs must be at least 2; got {options.runs}")

@@ -15,7 +15,7 @@ from lowra.methods.subspace_intersection.grid import detected
 from lowra.methods.subspace_intersection.kronecker import rearranged
 from lowra.methods.subspace_intersection.low_signal import spectral
 from lowra.methods.subspace_intersection.noise import joined
-from lowra.methods.subspace_intersection.noisy import noisy
+from lowra.methods.subspace_intersection.noisy import noisy, with_arithmetic_noise
 from lowra.methods.subspace_intersection.problem import Problem, first_parts, with_excess_noise
 from lowra.methods.subspace_intersection.ranges import (
     MARGINS,
@@ -63,6 +63,13 @@ def closed_form(problem: Problem, *, plain: bool = False) -> Answer:
     n = len(problem.labels)
     # Other kinds are tried as soon as the rank looks large; without any, a low one is looked for to the end.
     parts = first_parts(problem, min(n, 3) - 1, doublings=1)
+    if parts[-1].full and parts[-1].falls:
+        parts = first_parts(problem, min(n, 3) - 1, parts[:-1], doublings=2)
+    if parts[-1].full:
+        louder = with_arithmetic_noise(problem, parts[-1])
+        if louder is not None:
+            problem = louder
+            parts = first_parts(problem, min(n, 3) - 1, doublings=1)
     if not plain and (parts[-1].full or parts[-1].rank > LARGE_RANK * min(problem.merged.shape[1:])):
         answer = other_kinds(problem, len(parts))
         if answer is not None:

@@ -18,6 +18,7 @@ from lowra.methods.subspace_intersection.grid import GRIDS, Grid
 from lowra.methods.subspace_intersection.noise import sampled_rows, ulp
 from lowra.methods.subspace_intersection.problem import Problem
 
+ENTRIES = 2**16  # looked at: each counts with its expectation, so that few tell
 STEPS = 4  # wrong numbers of the grid that are told apart on either side
 WIDE = 1.5  # beyond so many steps of standard error, rounding adds its own variance and nothing else
 EXACT = -104 * math.log10(2)  # what a layer without errors counts as (Eq. 8)
@@ -43,7 +44,7 @@ def expected(answer: Answer, problem: Problem, grid: Grid, weight: Tensor, *, re
         return None
     used = problem.subset([i for i, label in enumerate(problem.labels) if label not in answer.outliers])
     _, d, k = used.merged.shape
-    rows = sampled_rows(d, k, used.merged.device)
+    rows = sampled_rows(d, k, used.merged.device, ENTRIES)
     spread = ulp(used.merged[:, rows], used.storage).double().square_().div_(12)  # (n, rows, k)
     shares = spread.new_tensor(used.mean().weights)[:, None, None]
     plain = (shares.square() * spread).sum(0)  # (rows, k)

@@ -15,6 +15,10 @@ SAMPLE = 2**20
 PROBE = 2**18
 
 
+# Sums in float32 err, too: B A of updates as large as the weights leaves several times the rounding of the merge, and
+# so does what else was computed with them. Noise of up to so many times that rounding is taken to be of this kind.
+ARITHMETIC = 16.0
+
 # What stands for the rounding of a merge that is zero, in a problem of ordinary scale: its inverse square is finite.
 SILENT = 1e-30
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lowra.methods.subspace_intersection.answer import Answer
 from lowra.methods.subspace_intersection.certificates import Certificate
+from lowra.methods.subspace_intersection.noise import ARITHMETIC, joined
 from lowra.methods.subspace_intersection.problem import Problem
-from lowra.methods.subspace_intersection.ranges import MARGINS
+from lowra.methods.subspace_intersection.ranges import MARGINS, RowSpace
 
 # Side of the block of a difference whose singular values tell the noise.
 BLOCK = 512
@@ -32,6 +33,32 @@ LIKE_NOISE = 0.2
 
 # At least so many times the rounding of the format: less is what the format's own estimate allows for.
 BEYOND = 1.5
+
+
+# From so many times the rounding of the format on, it is noise of float32 sums that fills a difference.
+SEEN = 1.05
+
+
+def with_arithmetic_noise(problem: Problem, part: RowSpace) -> Problem | None:
+    """The problem with the noise of float32 sums, where that is what fills a difference; None elsewhere.
+
+    part: of model 1 less model 0, which has no low rank above the rounding of the format. What is left of it tells
+    whether it is worth looking at the bulk of singular values.
+    """
+    if problem.storage != torch.float32 or part.residual > 4 * ARITHMETIC * joined(*problem.noise[:2]).std:
+        return None
+    n = len(problem.labels)
+    pairs = [(0, i) for i in range(1, n)] + ([(1, 2)] if n > 2 else [])
+    found = [bulk_std(problem.merged[b], problem.merged[a]) for a, b in pairs]
+    squares = [std**2 for std in found if std is not None]
+    if len(squares) < len(found):
+        return None
+    own = (squares[0] + squares[1] - squares[-1]) / 2 if n > 2 else squares[0] / 2
+    levels = [own, *(square - own for square in squares[: n - 1])]
+    factors = [math.sqrt(max(1.0, level / noise.std**2)) for level, noise in zip(levels, problem.noise, strict=True)]
+    if not SEEN <= max(factors) <= ARITHMETIC:
+        return None
+    return replace(problem, noise=tuple(noise.scaled(by) for noise, by in zip(problem.noise, factors, strict=True)))
 
 
 def noisy(problem: Problem, solve: Callable[[Problem], Answer]) -> Answer | None:

@@ -29,6 +29,9 @@ FULL = 0.9
 # what lies between two margins is too small to matter.
 MARGINS = (1.1, 1.6, 2.3)
 
+# Share of a singular value that the last of a quarter more has at most where they fall.
+FALLING = 0.93
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -107,6 +110,12 @@ class RowSpace:
         """Number of singular values above the noise."""
         return self.values.numel()
 
+    @property
+    def falls(self) -> bool:
+        """Whether the last singular values fall, as those of updates do and those of a scaled weight do not."""
+        count = self.values.numel()
+        return count > 8 and float(self.values[-1]) < FALLING * float(self.values[count * 3 // 4])
+
     def raised(self, factor: float) -> RowSpace:
         """What remains when the noise turns out so many times as large."""
         cutoff = self.cutoff * factor
@@ -149,7 +158,7 @@ def row_space(
     rest = rows - (rows @ basis) @ basis.mT  # (rows, k)
     # The row space takes in what noise the column space has, so that as many rows are free of it.
     freedom = (1 - rank / d) * (1 - rank / k)
-    residual = 0.0 if full else math.sqrt(float(rest.double().square().mean()) / freedom)
+    residual = math.sqrt(float(rest.double().square().mean()) / max(freedom, 1 / (d * k)))
     return RowSpace(values, right, cutoff, full, residual)
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lowra.methods.subspace_intersection.noise import Noise, sampled_rows
+from lowra.methods.subspace_intersection.noise import ARITHMETIC, Noise, sampled_rows
 from lowra.methods.subspace_intersection.ranges import MARGINS, OVERSAMPLING, row_blocks
 
 # Rows and columns that the ratios are found on before they are refined on all; the second where no rank does.
@@ -58,8 +58,9 @@ EXPLAINED = 2.0
 # Entries that tell what is left over.
 LOOK = 2**14
 
-# The ratios are settled when a step moves no row by more than this share of the rounding of its norm.
-SETTLED = 0.1
+# The ratios are settled when no row has further to go than its ratio's standard error, which is that of an entry of the
+# row times 1 / sqrt(k). On ratios that are nearly right a step leaves about this share of what it moves.
+RATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,12 @@ def row_ratio(
         if float(cosine.median()) < min(0.5, PARALLEL / math.sqrt(columns.numel())):
             return None
         fit = part.grown(generator, expected)
+        if not fit.explained and fit.left < ARITHMETIC * noise.std:
+            noise = noise.scaled(fit.left / noise.std)
+            part = replace(part, noise=noise)
+            fit = part.grown(generator, expected)
         if fit.explained:
+            noise = noise.scaled(max(1.0, fit.left / noise.std))
             start = part.extended(part.mended(fit), y, x)
             whole = _Pair.of(first, second, noise)
             found = whole.settled(start, generator)
@@ -118,7 +124,8 @@ def squares(matrix: Tensor) -> Tensor:
 class _Fit:
     """Ratios (d,) and the rank that they leave; image: (d, c), whose range the column space lies in.
 
-    explained: whether what is left over is noise. values: (c,), the leading singular values, of the columns in order.
+    left: root mean square of what is left over; explained: whether that is noise. values: (c,), the leading singular
+    values, of the columns in order.
     """
 
     ratio: Tensor
@@ -126,6 +133,7 @@ class _Fit:
     image: Tensor
     explained: bool
     values: Tensor
+    left: float
 
 
 @dataclass(frozen=True)
@@ -203,16 +211,21 @@ class _Pair:
         """The fit of the smallest rank that explains the difference; that of the largest tried if none does.
 
         Multiplied from a few on until it does, by way of the rank expected, then narrowed down. A rank some directions
-        too large explains it as well, by ratios that are wrong in as many rows.
+        too large explains it as well, by ratios that are wrong in as many rows. Where more directions leave as much,
+        and that may be noise of float32 sums, no more are tried: the fit of fewer is handed back.
         """
         d, m = self.x.shape
         ratio, below, rank = self.plain(), 0, LOWEST
+        before: _Fit | None = None
         while 2 * rank <= min(d, m):
             columns = torch.randn(m, min(rank + EXTRA, d, m), generator=generator, dtype=torch.float64)
             fit = self.fitted(ratio, rank, self.times(ratio, columns.to(self.x.device)))
             ratio = fit.ratio
             if fit.explained:
                 break
+            if before is not None and FALLS * before.left < fit.left and before.left < ARITHMETIC * self.noise.std:
+                return before
+            before = fit
             below, rank = rank, expected if rank < expected < GROWTH * rank else GROWTH * rank
         else:
             return fit
@@ -239,7 +252,7 @@ class _Pair:
             before, left = left, self.left_over(ratio, basis[:, :rank])
             if left < EXPLAINED * self.noise.std or left > FALLS * before:
                 break
-        return _Fit(ratio, rank, image, left < EXPLAINED * self.noise.std, values)
+        return _Fit(ratio, rank, image, left < EXPLAINED * self.noise.std, values, left)
 
     def mended(self, fit: _Fit) -> _Fit:
         """The fit with rows found again that have a direction of its column space for themselves.
@@ -269,22 +282,23 @@ class _Pair:
         pair = _Pair.of(y, x, self.noise)
         ratio = pair.plain()
         change, image = pair.step(ratio, basis, fit.rank)
-        return _Fit(ratio + change, fit.rank, image, fit.explained, values)
+        return _Fit(ratio + change, fit.rank, image, fit.explained, values, fit.left)
 
     def settled(self, fit: _Fit, generator: torch.Generator) -> _Fit:
         """The fit iterated until its ratios stay, directions above the noise that it had missed added."""
         ratio, rank = fit.ratio, fit.rank
         image = fit.image[:, : rank + OVERSAMPLING // 2]
-        within = SETTLED * self.noise.std / max(TINY, float(self.size.mean().sqrt()))
+        within = self.noise.std / max(TINY, float(self.size.mean().sqrt()))
         cutoff = MARGINS[0] * self.noise.norm(*self.x.shape)
-        before = torch.zeros_like(ratio)
+        before: Tensor | None = None
         for _ in range(AT_MOST):
             basis, values = self.vectors(ratio, image)
             change, image = self.step(ratio, basis, rank)
             ratio = ratio + change
             moved = change.abs()
             # A row's steps shrink by a factor of its own; what is left to go is their sum.
-            if bool(((moved < within) | (moved.square() < within * (before - moved))).all()):
+            ahead = RATE * moved if before is None else moved.square() / (before - moved).clamp_min(TINY)
+            if bool((torch.minimum(moved, ahead) < within).all()):
                 above = int((values > cutoff).sum())
                 if above <= rank:
                     break
@@ -295,7 +309,7 @@ class _Pair:
                     image = torch.cat([image, self.times(ratio, more.to(self.x.device))], 1)
             before = moved
         left = self.left_over(ratio, basis[:, :rank])
-        return _Fit(ratio, rank, image, left < EXPLAINED * self.noise.std, values)
+        return _Fit(ratio, rank, image, left < EXPLAINED * self.noise.std, values, left)
 
 
 def row_pairs(y: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
