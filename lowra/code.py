@@ -81,7 +81,8 @@ def _file_of(module: str) -> Path | None:
 
 def _locate(name: str, module: str, start: Path) -> Path | None:
     """The file of an imported module: of `lowra`, or from the folder the first module's package lies in."""
-    if name == "lowra":  # its version is on every record
+    # Its version is on every record, and what shows numbers decides none: a metric's gallery lies beside its scores.
+    if name == "lowra" or f"{name}.".startswith("lowra.reporting."):
         return None
     if name.startswith("lowra."):
         return _candidate(_LOWRA.parent, name)

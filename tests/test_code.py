@@ -63,6 +63,14 @@ def test_commands_and_tables_decide_no_number() -> None:
         assert not {"lowra.run", "lowra.pipeline", "lowra.records", "lowra.reporting"} & set(closure(name))
 
 
+def test_galleries_decide_no_score() -> None:
+    """Else an edited picture of pictures would have all of them scored again."""
+    for name in ("lowra.metrics.lpips", "lowra.metrics.sbert"):
+        found = closure(name)
+        assert "lowra.metrics.base" in found
+        assert not [module for module in found if module.startswith("lowra.reporting")]
+
+
 def test_modules_of_objects_functions_and_partials() -> None:
     assert module_of(MeanLora()) == "lowra.methods.mean_lora"
     assert module_of(functools.partial(functools.partial(code_digest.__wrapped__), "x")) == "lowra.code"

@@ -272,6 +272,59 @@ def test_blocks_and_back() -> None:
 # ---- Noise beyond the rounding of the format --------------------------------------------------------------------
 
 
+def in_float32(kind: str, shape: tuple[int, int], rank: int, size: float, grid: str) -> tuple[Tensor, Tensor]:
+    """A base (d, k) and three merges (3, d, k) summed in float32, as libraries do: B A alone errs by several ulps."""
+    generator = torch.Generator().manual_seed(0)
+    d, k = shape
+    base = (BASE_STD * torch.randn(d, k, generator=generator)).to(FORMATS[grid]).float()
+    merged = []
+    for _ in range(3):
+        left = torch.randn(d, rank, generator=generator) * torch.logspace(0, -1, rank)
+        right = torch.randn(rank, k, generator=generator)
+        left *= size * BASE_STD / (left @ right).square().mean().sqrt()
+        whole = base + left @ right
+        if kind == "dora":
+            whole *= (base.norm(dim=1) * (0.98 + 0.04 * torch.rand(d, generator=generator)) / whole.norm(dim=1))[
+                :, None
+            ]
+        merged.append(whole)
+    return base, torch.stack(merged)
+
+
+@pytest.mark.parametrize("size", [0.3, 1.0])
+@pytest.mark.parametrize("kind", ["plain", "dora"])
+def test_updates_as_large_as_the_weights_summed_in_float32(kind: str, size: float) -> None:
+    base, merged = in_float32(kind, (320, 384), 16, size, "bf16")
+    recovery = recover(merged)
+    assert recovery.stats["ranks"] == "16,16,16"
+    assert recovery.stats["certificate"] in ("certified", "up_to_scale")  # where the norm of a row has grown by half
+    assert recovery.stats["scales"] == ("rows" if kind == "dora" else "")
+    same = recovery.candidates[0] == base
+    if recovery.stats["certificate"] == "certified":
+        assert float(same.double().mean()) > 0.9999
+    else:
+        assert recovery.sure is not None
+        assert float(recovery.sure.double().mean()) > 0.95
+        assert float(same[recovery.sure].double().mean()) > 0.9999
+
+
+def test_what_sums_in_float32_err_by_is_predicted() -> None:
+    base, merged = in_float32("plain", (320, 384), 16, 1.0, "fp32")
+    recovery = recover(merged)
+    assert recovery.stats["certificate"] == "certified"
+    error = weight_error(recovery.candidates[0], base)
+    assert error == pytest.approx(recovery.stats["predicted_w_error"], abs=0.2)  # .1 and less in a dozen others
+    alone = rounding_noise(merged[0], torch.float32).std
+    assert error > 2 * math.log10(alone) - math.log10(3) + 0.5  # well above the rounding of the format
+
+
+def test_another_base_is_no_noise_of_sums() -> None:
+    _, merged = in_float32("plain", (160, 192), 4, 1.0, "bf16")
+    stranger = merged.mean(0) + 3e-6 * torch.randn(160, 192, generator=torch.Generator().manual_seed(9))
+    recovery = recover(torch.cat([merged, stranger[None]]))
+    assert recovery.stats["outlier"] == "3" or recovery.stats["certificate"] != "certified"
+
+
 @pytest.mark.parametrize("size", [1e-4, 1e-3])
 def test_noise_is_averaged_and_nothing_certified(size: float) -> None:
     planted = Dora(plain=(0, 1, 2), grid="fp32")
