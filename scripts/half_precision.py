@@ -473,7 +473,8 @@ def figure(rows: pd.DataFrame, path: Path) -> None:
     ratios = sorted(part.rho.unique())
     if not ratios:
         return
-    drawing, axes = plt.subplots(1, len(ratios), figsize=(4 * len(ratios), 3.4), sharey=True, squeeze=False)
+    size = (4 * len(ratios), 3.7)
+    drawing, axes = plt.subplots(1, len(ratios), figsize=size, sharey=True, squeeze=False, layout="constrained")
     styles = {CELLS: "-", TODAY: "--", SPECTRAL: "-.", "vote": ":", "mean": (0, (1, 3))}
     for axis, rho in zip(axes[0], ratios, strict=True):
         for method in METHODS:
@@ -485,8 +486,7 @@ def figure(rows: pd.DataFrame, path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="rms(M) / rms(ulp(W))", title=f"r (d + k) / (d k) = {rho:.3f}")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("share of weights that are wrong")
-    axes[0][-1].legend(fontsize=8)
-    drawing.tight_layout()
+    drawing.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), fontsize=8)
     drawing.savefig(path, dpi=150)
     plt.close(drawing)
 
