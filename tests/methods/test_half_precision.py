@@ -466,13 +466,13 @@ def test_planted_layers_come_back_and_the_answer_knows_which_weights(mu: float) 
 def test_the_smallest_weights_are_not_sure_of_what_nothing_shows(seed: int) -> None:
     """Two updates below what can be seen: W looks known where they are not thought of, which the smallest weights show.
 
-    Without a second look at them .3% and more of the sure weights are wrong.
+    Without a second look at them .12% and .13% of the sure weights of the first two are wrong, with it .06% and .05%.
     """
     layer = Layer((96, 96), (3, 3, 3), mu=0.1, norms=(1.0, 0.1, 0.1), seed=seed)
     recovery = recover(layer)
     assert recovery.sure is not None
     wrong = (recovery.candidates[0] != layer.base)[recovery.sure]
-    assert float(wrong.double().mean()) < 0.0012
+    assert float(wrong.double().mean()) < 0.001
     assert float(recovery.sure.double().mean()) > 0.85
 
 
