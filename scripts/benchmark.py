@@ -1,6 +1,6 @@
 """Time and memory of recovery, reading and merging, side by side in one run on this machine.
 
-    python scripts/benchmark.py            all of it, about 10 minutes on 2 quiet cores
+    python scripts/benchmark.py            all of it, about a quarter of an hour on 2 cores
     python scripts/benchmark.py --quick    small shapes, under a minute: does it run, and roughly how fast
     python scripts/benchmark.py --only read merge
 
@@ -178,13 +178,14 @@ def algorithm_2(stack: Tensor, rank: int, steps: int, *, scheduler: bool = True,
     return weight
 
 
-def planted(shape: Shape, rms: float = UPDATE_RMS) -> tuple[Tensor, Tensor]:
+def planted(shape: Shape, rms: float = UPDATE_RMS, grid: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """A weight (d, k) of rms 0.04 and a merged stack (n, d, k): random rank-r updates, singular values down to 0.1.
 
+    grid: the format whose numbers the weight is of.
     Equal sizes and a mild spectrum, so that Spectral DeTuning converges and errors can be compared beside times.
     """
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape.d, shape.k, generator=generator) * 0.04
+    weight = (torch.randn(shape.d, shape.k, generator=generator) * 0.04).to(grid).float()
     values = torch.logspace(0, -1, shape.r)
     values *= rms / values.norm()
     stack = torch.empty(shape.n, shape.d, shape.k)
@@ -405,13 +406,10 @@ def merging(quick: bool, runs: int) -> list[Row]:
 def half_precision(quick: bool, runs: int) -> list[Row]:
     """Merges stored in bfloat16, of a base on its grid: cell by cell, and as if the rounding were noise."""
     rows = []
-    for shape in (Shape(3, 256, 256, 8), Shape(3, 768, 768, 16), Shape(3, 4096, 4096, 64))[:: 3 if quick else 1]:
-        weight, merged = planted(shape)
-        merged -= weight
-        merged *= 2.0**-8 * 0.04 / merged.square().mean().sqrt()  # about the spacing of the grid
-        weight = weight.bfloat16().float()
-        data = weight, merged.add_(weight).bfloat16().float()
-        del merged
+    for shape in (Shape(3, 256, 256, 8), Shape(3, 768, 768, 16), Shape(3, 4096, 4096, 64))[: 1 if quick else 3]:
+        weight, stack = planted(shape, 2.0**-8 * 0.04, torch.bfloat16)  # about the spacing of the grid
+        data = weight, stack.bfloat16().float()
+        del stack
         once = 1 if shape.d > 1000 else runs
         for what, method in (
             ("cell by cell", SubspaceIntersection()),
@@ -425,11 +423,9 @@ def half_precision(quick: bool, runs: int) -> list[Row]:
 def scaled(quick: bool, runs: int) -> list[Row]:
     """Merges whose rows were scaled, as DoRA's, beside the plain ones of the same updates."""
     rows = []
-    for shape in (Shape(3, 256, 256, 8), Shape(3, 768, 768, 16), Shape(3, 1024, 4096, 64))[:: 3 if quick else 1]:
-        weight, stack = planted(shape, 10 * UPDATE_RMS)
-        weight, update = weight.bfloat16().float(), stack - weight
+    for shape in (Shape(3, 256, 256, 8), Shape(3, 768, 768, 16), Shape(3, 1024, 4096, 64))[: 1 if quick else 3]:
+        weight, plain = planted(shape, 10 * UPDATE_RMS, torch.bfloat16)
         moved = torch.rand(shape.n, shape.d, 1, generator=torch.Generator().manual_seed(1))
-        plain = update + weight
         own = weight.norm(dim=1, keepdim=True) / plain.norm(dim=2, keepdim=True)
         for what, merged in (("plain", plain), ("rows scaled", plain * own * (0.98 + 0.04 * moved))):
             row, _ = recovered("scaled", shape, SubspaceIntersection(), runs, (weight, merged), memory=True)

@@ -61,15 +61,15 @@ def closed_form(problem: Problem, *, plain: bool = False) -> Answer:
     rescaled, are thought of where models differ by a full rank.
     """
     n = len(problem.labels)
-    # Other kinds are tried as soon as the rank looks large; without any, a low one is looked for to the end.
+    # Other kinds are tried as soon as the rank looks large, which it does not yet where singular values fall; without
+    # any, a low one is looked for to the end.
     parts = first_parts(problem, min(n, 3) - 1, doublings=1)
     if parts[-1].full and parts[-1].falls:
         parts = first_parts(problem, min(n, 3) - 1, parts[:-1], doublings=2)
     if parts[-1].full:
         louder = with_arithmetic_noise(problem, parts[-1])
         if louder is not None:
-            problem = louder
-            parts = first_parts(problem, min(n, 3) - 1, doublings=1)
+            return closed_form(louder, plain=plain)
     if not plain and (parts[-1].full or parts[-1].rank > LARGE_RANK * min(problem.merged.shape[1:])):
         answer = other_kinds(problem, len(parts))
         if answer is not None:
@@ -188,6 +188,7 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
         evidence.lambda_min,
         evidence.discrepancy,
         evidence.edge,
+        noise=math.sqrt(sum(level.std**2 for level in problem.noise) / len(problem.noise)),
     )
     certified = certificate in (Certificate.CERTIFIED, Certificate.WEAK)
     return started(problem, answer, core.matrices - solution.x) if certified else answer

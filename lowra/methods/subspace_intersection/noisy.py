@@ -42,7 +42,7 @@ SEEN = 1.05
 def with_arithmetic_noise(problem: Problem, part: RowSpace) -> Problem | None:
     """The problem with the noise of float32 sums, where that is what fills a difference; None elsewhere.
 
-    part: of model 1 less model 0, which has no low rank above the rounding of the format. What is left of it tells
+    part: of a model less model 0, which has no low rank above the rounding of the format. What is left of it tells
     whether it is worth looking at the bulk of singular values.
     """
     if problem.storage != torch.float32 or part.residual > 4 * ARITHMETIC * joined(*problem.noise[:2]).std:

@@ -92,9 +92,9 @@ class Lines:
         """Take in the distance of some rows (rows, k) from the numbers chosen, its variance, and the spacing there."""
         telling = spread < (TELLING * step).square_()
         chi = miss.square_().div_(spread).mul_(telling)
-        for values, own in zip((chi, telling), (0, 1), strict=True):
-            self.by_row[own, rows] = values.sum(1, dtype=miss.dtype)
-            self.by_column[own] += values.sum(0, dtype=miss.dtype)
+        for i, values in enumerate((chi, telling)):
+            self.by_row[i, rows] = values.sum(1, dtype=miss.dtype)
+            self.by_column[i] += values.sum(0, dtype=miss.dtype)
 
     def doubtful(self) -> Tensor:
         """The entries (d, k) of rows and columns that are further off than others by more than chance."""
