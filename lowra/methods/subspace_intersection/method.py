@@ -55,9 +55,9 @@ from lowra.methods.subspace_intersection.solve import CLEAR_EDGE
 # `refine: auto` refines layers up to this size, which takes a fraction of a second, and all half-precision merges.
 REFINE_ENTRIES = 2**18
 
-# Float32 merges are not refined where their noise is so many times their rounding: of updates of .1 of the weights and
-# less, summed in float32, the fit gains, of .15 and more it loses.
-LOUD = 1.1
+# Float32 merges are not refined where their noise is so many times their rounding: up to 1.12 times the weighted fit
+# gained .13 to .9 decades in planted layers of 48 to 512 rows, from 1.17 on it lost or its error was .2 foreseen short.
+LOUD = 1.15
 
 
 @dataclass(frozen=True)
