@@ -24,6 +24,11 @@ DENSE = 1024
 # A difference with more than this share of its singular values above the noise has no low rank to speak of.
 FULL = 0.9
 
+# A difference is full at once where a block of it is, of so many times the first sketch's columns: where the last
+# quarter of its pivots exceed the noise so many times. Elimination amplifies the noise of a low rank some ten times.
+BLOCK = 5
+PIVOT = 128
+
 # A singular value is signal above this many times the estimated norm of the noise. Where W does not look identified,
 # the next margin is tried: of spectra that decay into the noise the joint bases may hold less than the ranks count, and
 # what lies between two margins is too small to matter.
@@ -132,9 +137,13 @@ def row_space(
     on with D times these rows takes the half power step that makes the extra columns uncritical. `guess` columns to
     begin with, twice as many whenever the last one is still above the noise. Instead of growing to half the layer the
     sketch is replaced by the dense SVD where the layer is small; a large one that needs more is called full, unless the
-    guess was as large. doublings: after so many of them the matrix is called full for now.
+    guess was as large. doublings: after so many of them the matrix is called full for now, and before any where a block
+    of it shows that they would be in vain.
     """
     d, k = difference.shape
+    if doublings is not None and full_block(difference, noise, BLOCK * guess):
+        empty = difference.first.new_zeros(k, 0, dtype=torch.float64)
+        return RowSpace(empty[0], empty, math.inf, True, math.inf)
     half = min(d, k) // 2
     columns, crowded = min(guess, 2 * half), True
     limit = half if min(d, k) <= DENSE else max(half, columns + 1)
@@ -160,6 +169,15 @@ def row_space(
     freedom = (1 - rank / d) * (1 - rank / k)
     residual = math.sqrt(float(rest.double().square().mean()) / max(freedom, 1 / (d * k)))
     return RowSpace(values, right, cutoff, full, residual)
+
+
+def full_block(difference: Difference, noise: Noise, side: int) -> bool:
+    """Whether a block of a difference, of so many rows and columns, is of full rank, far above the noise."""
+    d, k = difference.shape
+    rows, columns = (torch.linspace(0, size - 1, min(side, d, k)).long() for size in (d, k))
+    block = (difference.first[rows][:, columns]).double() - difference.second[rows][:, columns]
+    pivots = torch.linalg.lu_factor_ex(block).LU.diagonal().abs()
+    return float(pivots[-len(pivots) // 4 :].median()) > PIVOT * noise.std
 
 
 def projected(difference: Difference, columns: int, generator: torch.Generator) -> Tensor:

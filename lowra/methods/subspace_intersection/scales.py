@@ -42,6 +42,9 @@ BLIND = 1e-9
 
 TINY = torch.finfo(torch.float64).tiny
 
+# A row space that is known is left out where it has at most this share of a sample's directions.
+AWAY = 0.25
+
 # Steps of alternation at each rank tried: so many, and on while each leaves less than this share of what was left over
 # (at the rank itself it is a tenth). At most so many in all.
 ROUNDS = 3
@@ -65,19 +68,20 @@ RATE = 0.1
 
 @dataclass(frozen=True)
 class Ratio:
-    """What rows are multiplied by, (d,) float64, the standard error of each, and the rank that is left then."""
+    """What rows are multiplied by, (d,) float64, the standard error of each, and the row space left then, (k, r)."""
 
     values: Tensor
     error: Tensor
-    rank: int
+    right: Tensor
 
 
 def row_ratio(
-    first: Tensor, second: Tensor, noise: Noise, generator: torch.Generator, expected: int = 0
+    first: Tensor, second: Tensor, noise: Noise, generator: torch.Generator, known: Tensor | None = None
 ) -> Ratio | None:
     """The rho that makes `first` - diag(rho) `second`, both (d, k), of low rank; None where none does.
 
-    noise: of the difference. expected: a rank that is likely, if one is; it only saves time.
+    noise: of the difference. known: the row space (k, r) that another model's difference to `second` has; it holds the
+    update of `second`, so that outside of it there is one update left to find.
 
     Alternating least squares: with V the leading right singular vectors of the difference, rho_j = <x_j, y_j> /
     <x_j, x_j> on what V leaves of the rows. From the full rank at once this sticks in a share of cases; growing the
@@ -89,24 +93,30 @@ def row_ratio(
         rows, columns = (
             torch.randperm(count, generator=generator)[:size].sort().values.to(first.device) for count in first.shape
         )
-        y, x = first[:, columns], second[:, columns]
-        part = _Pair.of(y[rows].double(), x[rows].double(), noise)
+        some = first[rows].double(), second[rows].double()
+        y, x = (side[:, columns] for side in some)
+        aside = known if known is not None and known.shape[1] < columns.numel() * AWAY else None
+        if aside is not None:
+            inside = torch.linalg.qr(aside[columns]).Q
+            y, x = (side.addmm(side @ inside, inside.mT, alpha=-1) for side in (y, x))
+        part = _Pair.of(y, x, noise)
         cosine = part.product / (part.size * squares(part.y)).sqrt().clamp_min(TINY)
         if float(cosine.median()) < min(0.5, PARALLEL / math.sqrt(columns.numel())):
             return None
-        fit = part.grown(generator, expected)
+        fit = part.grown(generator)
         if not fit.explained and fit.left < ARITHMETIC * noise.std:
             noise = noise.scaled(fit.left / noise.std)
             part = replace(part, noise=noise)
-            fit = part.grown(generator, expected)
+            fit = part.grown(generator)
         if fit.explained:
             noise = noise.scaled(max(1.0, fit.left / noise.std))
-            start = part.extended(part.mended(fit), y, x)
-            whole = _Pair.of(first, second, noise)
-            found = whole.settled(start, generator)
+            fit = part.mended(fit)
+            basis, _ = _Pair.of(*some, noise, aside).vectors(fit.ratio, fit.image)
+            whole = _Pair.of(first, second, noise, aside)
+            found, right = whole.settled(fit.rank, basis, generator)
             if found.explained:
                 error = noise.std / whole.size.sqrt().clamp_min(TINY)
-                return Ratio(found.ratio, error, found.rank) if bool((found.ratio > 0).all()) else None
+                return Ratio(found.ratio, error, right) if bool((found.ratio > 0).all()) else None
         elif not part.gains(fit):
             break
         if size >= max(first.shape):
@@ -141,7 +151,8 @@ class _Pair:
     """y and x (d, m), <x_j, x_j> and <x_j, y_j> (d,) float64, and the noise of the difference y - diag(ratio) x.
 
     Products with the difference are differences of products in float64, whose rounding is 2^-53 of the weights. The
-    rounding of the merges is 2^-25, so that nothing is lost.
+    rounding of the merges is 2^-25, so that nothing is lost. looked: some rows (r,), and these of y and x as float64,
+    that tell what is left over. known: (m, c) orthonormal, directions that are no part of what is looked at.
     """
 
     y: Tensor
@@ -149,13 +160,16 @@ class _Pair:
     size: Tensor
     product: Tensor
     noise: Noise
+    looked: tuple[Tensor, Tensor, Tensor]
+    known: Tensor | None = None
 
     @classmethod
-    def of(cls, y: Tensor, x: Tensor, noise: Noise) -> _Pair:
+    def of(cls, y: Tensor, x: Tensor, noise: Noise, known: Tensor | None = None) -> _Pair:
         """Of two matrices (d, m)."""
         parts = [(torch.linalg.vecdot(b, b), torch.linalg.vecdot(a, b)) for _, a, b in row_pairs(y, x)]
         size, product = (torch.cat(part) for part in zip(*parts, strict=True))
-        return cls(y, x, size, product, noise)
+        picked = sampled_rows(x.shape[0], x.shape[1], x.device, LOOK)
+        return cls(y, x, size, product, noise, (picked, y[picked].double(), x[picked].double()), known)
 
     def plain(self) -> Tensor:
         """The ratios (d,) that make every row smallest."""
@@ -171,6 +185,8 @@ class _Pair:
         total = columns.new_zeros(self.x.shape[1], columns.shape[1])
         for block, a, b in row_pairs(self.y, self.x):
             total.addmm_(torch.addcmul(a, ratio[block, None], b, value=-1).mT, columns[block])
+        if self.known is not None:
+            total.addmm_(self.known, self.known.mT @ total, alpha=-1)
         right, values, _ = torch.linalg.svd(total, full_matrices=False)
         return right, values
 
@@ -179,6 +195,11 @@ class _Pair:
 
         Also the image (d, c) of the basis under the difference changed so.
         """
+        if self.known is not None:
+            skipped = self.known.shape[1]
+            basis, rank = torch.cat([self.known, basis], 1), skipped + rank
+        else:
+            skipped = 0
         inside, outside = torch.empty(2, self.x.shape[0], basis.shape[1], dtype=basis.dtype, device=basis.device)
         for block, a, b in row_pairs(self.y, self.x):
             torch.mm(b, basis, out=inside[block])
@@ -188,15 +209,16 @@ class _Pair:
         free = self.size - inside[:, :rank].square().sum(1)
         # A row that lies in the basis tells nothing of its ratio.
         change = torch.where(free > BLIND * self.size, product / free.clamp_min(TINY), 0)
-        return change, outside.addcmul_(change[:, None], inside, value=-1)
+        return change, outside.addcmul_(change[:, None], inside, value=-1)[:, skipped:]
 
     def left_over(self, ratio: Tensor, basis: Tensor) -> float:
         """Root mean square, per degree of freedom, of what a basis (m, r) leaves of some rows of the difference."""
-        d, m = self.x.shape
-        picked = sampled_rows(d, m, self.x.device, LOOK)
-        rows = self.y[picked].double() - ratio[picked, None] * self.x[picked]
-        rows = rows.addmm_(rows @ basis, basis.mT, alpha=-1)
-        rank = basis.shape[1]
+        picked, y, x = self.looked
+        if self.known is not None:
+            basis = torch.cat([self.known, basis], 1)
+        rows = torch.addcmul(y, ratio[picked, None], x, value=-1)
+        rows.addmm_(rows @ basis, basis.mT, alpha=-1)
+        (d, m), rank = self.x.shape, basis.shape[1]
         return math.sqrt(float(rows.square_().mean()) / ((1 - rank / m) * (1 - rank / d)))
 
     def gains(self, fit: _Fit) -> bool:
@@ -207,10 +229,10 @@ class _Pair:
         own, _ = self.vectors(fit.ratio, fit.image)
         return self.left_over(fit.ratio, own[:, : fit.rank]) < GAIN * self.left_over(ones, basis[:, : fit.rank])
 
-    def grown(self, generator: torch.Generator, expected: int = 0) -> _Fit:
+    def grown(self, generator: torch.Generator) -> _Fit:
         """The fit of the smallest rank that explains the difference; that of the largest tried if none does.
 
-        Multiplied from a few on until it does, by way of the rank expected, then narrowed down. A rank some directions
+        Multiplied from a few on until it does, then narrowed down. A rank some directions
         too large explains it as well, by ratios that are wrong in as many rows. Where more directions leave as much,
         and that may be noise of float32 sums, no more are tried: the fit of fewer is handed back.
         """
@@ -221,12 +243,12 @@ class _Pair:
             columns = torch.randn(m, min(rank + EXTRA, d, m), generator=generator, dtype=torch.float64)
             fit = self.fitted(ratio, rank, self.times(ratio, columns.to(self.x.device)))
             ratio = fit.ratio
-            if fit.explained:
-                break
             if before is not None and FALLS * before.left < fit.left and before.left < ARITHMETIC * self.noise.std:
                 return before
+            if fit.explained:
+                break
             before = fit
-            below, rank = rank, expected if rank < expected < GROWTH * rank else GROWTH * rank
+            below, rank = rank, GROWTH * rank
         else:
             return fit
         # The largest gap, of which one may be above the rank tried, is the rank; the rank below it confirms it.
@@ -276,18 +298,14 @@ class _Pair:
         mended = self.fitted(ratio + change, rank, image)
         return mended if mended.explained else fit
 
-    def extended(self, fit: _Fit, y: Tensor, x: Tensor) -> _Fit:
-        """A fit on some of the rows, brought to all rows (d, m) of the same columns: that is linear in the ratios."""
-        basis, values = self.vectors(fit.ratio, fit.image)
-        pair = _Pair.of(y, x, self.noise)
-        ratio = pair.plain()
-        change, image = pair.step(ratio, basis, fit.rank)
-        return _Fit(ratio + change, fit.rank, image, fit.explained, values, fit.left)
+    def settled(self, rank: int, basis: Tensor, generator: torch.Generator) -> tuple[_Fit, Tensor]:
+        """The fit whose ratios stay, from row directions (m, c); directions above the noise that it missed are added.
 
-    def settled(self, fit: _Fit, generator: torch.Generator) -> _Fit:
-        """The fit iterated until its ratios stay, directions above the noise that it had missed added."""
-        ratio, rank = fit.ratio, fit.rank
-        image = fit.image[:, : rank + OVERSAMPLING // 2]
+        Also the row space (m, rank) that it leaves.
+        """
+        ratio = self.plain()
+        change, image = self.step(ratio, basis[:, : rank + OVERSAMPLING // 2], rank)  # exact but for the basis's noise
+        ratio = ratio + change
         within = self.noise.std / max(TINY, float(self.size.mean().sqrt()))
         cutoff = MARGINS[0] * self.noise.norm(*self.x.shape)
         before: Tensor | None = None
@@ -309,7 +327,14 @@ class _Pair:
                     image = torch.cat([image, self.times(ratio, more.to(self.x.device))], 1)
             before = moved
         left = self.left_over(ratio, basis[:, :rank])
-        return _Fit(ratio, rank, image, left < EXPLAINED * self.noise.std, values, left)
+        fit = _Fit(ratio, rank, image, left < EXPLAINED * self.noise.std, values, left)
+        # A row whose ratio is wrong would be left out of what is looked at next, and be wrong there, too.
+        rows = image[:, :rank] / values[:rank].clamp_min(TINY)  # (d, r)
+        own = rows[rows.square().sum(1) > OWN]
+        if len(own):
+            others = torch.linalg.qr(own.mT, mode="complete").Q[:, len(own) :]
+            return fit, basis[:, :rank] @ others
+        return fit, basis[:, :rank]
 
 
 def row_pairs(y: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -35,7 +35,7 @@ UNSCALED = 4.0
 # every octave.
 # Entries within `NEAR` standard errors of the grid count as on it, and of a row's entries this share must.
 NEAR = 5.0
-ON_GRID = 0.97
+ON_GRID = 0.95
 
 # Powers of two pass unnoticed on a grid. Rows are sure where so many standard deviations of the guess do not reach
 # them.
@@ -50,9 +50,11 @@ ENTRIES = 24
 LOOKED = 256
 
 # Every sixth of them is tried with all factors (the largest are often equal), the rest with as many as are likely then:
-# by chance a wrong factor brings all four onto the grid once in 600 times.
+# by chance a wrong factor brings all four onto the grid once in 600 times. They are tried in float32, whose rounding of
+# the entry, the factor and their product is at most so many ulp.
 FIRST = slice(None, None, 6)
 LIKELY = 16
+HASTE = 1.5 * torch.finfo(torch.float32).eps
 
 # Rows that tell whether there is a grid at all, and the share of them that has to be on it.
 PROBES = 64
@@ -98,11 +100,10 @@ def sibling_groups(problem: Problem, odd: int) -> list[Siblings]:
     groups: list[list[tuple[int, Tensor]]] = []
     _, d, _ = problem.merged.shape
     one = torch.ones(d, dtype=torch.float64, device=problem.merged.device)
-    expected = 0
+    known: dict[int, Tensor] = {}
 
     def ratio_of(i: int, first: int) -> Tensor | None:
         """What the rows of model i are to those of the first of a group, (d,); None where no scales explain it."""
-        nonlocal expected
         noise = joined(problem.noise[first], problem.noise[i])
         difference = Difference(problem.merged[first], problem.merged[i], problem.dtype)
 
@@ -112,12 +113,13 @@ def sibling_groups(problem: Problem, odd: int) -> list[Siblings]:
             return not row_space(difference, noise, problem.guess, problem.generator, doublings=1).full
 
         # Scaled models come together: once one is found, scales are thought of first. Those of a plain one are ones.
-        if not expected and plain():
+        scaled = bool(known)
+        if not scaled and plain():
             return one
-        found = row_ratio(problem.merged[i], problem.merged[first], noise, problem.generator, expected)
+        found = row_ratio(problem.merged[i], problem.merged[first], noise, problem.generator, known.get(first))
         if found is None:
-            return one if expected and plain() else None
-        expected = found.rank
+            return one if scaled and plain() else None
+        known[first] = found.right
         return one if bool(((found.values - 1).abs() < ALIKE * found.error).all()) else found.values
 
     for i in range(len(problem.merged)):
@@ -302,48 +304,51 @@ def grid_factors(
     rows = rows * start[:, None]
 
     def tolerances(numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """How near to the grid a number on it is found, and which numbers that tells something of."""
+        """How near to the grid a number on it is found, float32, and which numbers that tells something of."""
+        numbers = numbers.float()
         within = ulp(numbers, storage).mul_(NEAR / math.sqrt(12)).clamp_(min=NEAR * error)
-        telling = ulp(numbers, dtype) > within.mul(2 / CHANCE)
-        return within.double(), telling
+        return within, ulp(numbers, dtype) > within * (2 / CHANCE)
 
     seen = rows[:, :: max(1, rows.shape[1] // LOOKED)]
     within, telling = tolerances(seen)
     entries, places = torch.where(telling, seen, 0).abs().topk(min(ENTRIES, seen.shape[1]), dim=1)  # (r, t)
     near = within.gather(1, places)
     largest = entries[:, :1].clamp_min(TINY)
+    near += entries / largest * near[:, :1]  # the factor is as far off as the entry that it is found by
     mantissa = largest / torch.exp2(largest.log2().floor())  # [1, 2)
     numbers = 1 + torch.arange(octave, dtype=rows.dtype, device=rows.device) / octave
     factors = numbers / mantissa  # (r, octave)
     factors = torch.where(factors < math.sqrt(0.5), 2 * factors, factors)
     factors = torch.where(factors >= math.sqrt(2.0), factors / 2, factors)
-    best = factors[:, 0].clone()
-
-    def aligned(factors: Tensor, part: Tensor, tried: slice) -> Tensor:
-        """The share of a part's entries that each factor (rows, f) brings onto the grid, (rows, f)."""
-        some = entries[part, None, tried]
-        y = factors[:, :, None] * some  # (rows, f, t)
-        far = (y - rounded(y, dtype)).abs_()
-        tolerance = factors[:, :, None] * (near[:, tried] + entries[:, tried] / largest * near[:, :1])[part, None]
-        counts = some > 0
-        return ((far < tolerance) & counts).double().sum(2) / counts.double().sum(2).clamp_min(1)
-
-    for part in torch.arange(rows.shape[0], device=rows.device).split(
-        max(1, 2**19 // (octave * entries[0, FIRST].numel()))
-    ):
-        # A few entries rule out most factors.
-        likely = factors[part].gather(1, aligned(factors[part], part, FIRST).topk(LIKELY, dim=1).indices)
-        best[part] = likely.gather(1, aligned(likely, part, slice(None)).argmax(1, keepdim=True))[:, 0]
+    # A few entries rule out most factors.
+    likely = factors.gather(1, aligned(factors, entries, near, dtype, FIRST).topk(LIKELY, dim=1).indices)
+    best = likely.gather(1, aligned(likely, entries, near, dtype).argmax(1, keepdim=True))[:, 0]
     # Those entries by the factor that fits all of them best; then the whole row.
     y = rounded(best[:, None] * entries, dtype)
     best = (y * entries).sum(1) / entries.square().sum(1).clamp_min(TINY)
     within, telling = tolerances(rows)
-    y = best[:, None] * rows
-    hits = (((y - rounded(y, dtype)).abs_() < best[:, None] * within) & telling).sum(1)
-    sure = hits > ON_GRID * telling.sum(1).clamp_min(1)
-    zero = (rows == 0).all(1)
-    sure = sure | zero
+    hits = (off(best[:, None] * rows, dtype) < within.mul_(best[:, None])) & telling
+    zero = ~rows.any(1)
+    sure = (hits.sum(1) > ON_GRID * telling.sum(1).clamp_min(1)) | zero
     return torch.where(zero, 1.0, best) * start, sure, sure[:, None] & telling
+
+
+def aligned(factors: Tensor, entries: Tensor, near: Tensor, dtype: torch.dtype, tried: slice = slice(None)) -> Tensor:
+    """How many of the entries (r, t) tried each factor (r, f) brings onto the grid of a format, (r, f) float32.
+
+    near: (r, t), by how much an entry on it may miss it.
+    """
+    factors, within = factors.float(), (near + HASTE * entries).float()
+    total = torch.zeros_like(factors)
+    for entry, margin in zip(entries.float().T[tried], within.T[tried], strict=True):
+        total += off(factors * entry[:, None], dtype) < factors * margin[:, None]
+    return total
+
+
+def off(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far numbers are from the grid of a format, float32."""
+    numbers = numbers.float()
+    return numbers.sub_(numbers.to(dtype)).abs_()
 
 
 def rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
