@@ -338,6 +338,8 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=20, help="of each row of a table")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "kinds" / "planted.csv")
     given = parser.parse_args()
+    if given.out.is_dir():
+        parser.error(f"--out is the table's file, such as {given.out / 'planted.csv'}; {given.out} is a folder.")
     status = fuzz(given.layers, given.start) if "fuzz" in given.what else 0
     rows = [
         row
