@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import numbers
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,12 +26,14 @@ from lowra.bench.foreign import swap
 from lowra.bench.merging import merge, merge_dtype
 from lowra.bench.schema import Layer, LayerTable
 from lowra.code import code_digest, digest, module_of
+from lowra.digests import folder_digest, visible_files
 from lowra.errors import LowraError
 from lowra.methods import Method, Observation, check_observation, check_recovery
-from lowra.metrics.base import Scorer
+from lowra.metrics.base import Metric, Scorer
 from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
 from lowra.plan import Plan, Task, Variant, options
 from lowra.records import COORDINATES, LAYER_FIELDS, SCORE, KeptWeights, Store, dumps, key_of, model_digest
+from lowra.reporting import kept
 
 # A recovered weight that waits for a metric is kept on disk where recovering it again takes longer than writing it,
 # at this many bytes a second. (One candidate of LoRA FT is one of the merges: nothing is gained by keeping that.)
@@ -267,10 +270,25 @@ class ModelJudge:
         made = []
         for name, metric in self.plan.metrics.items():
             try:
-                made += metric.gallery(self._artifacts(name), self._headings(draw, name), self.plan.folder, title)
+                made += self._gallery(name, metric, self._headings(draw, name), title)
             except LowraError as error:  # records of an earlier run may have kept no outputs; the tables are there
                 self.problems.append(f"No outputs side by side: {error}")
         return made
+
+    def _gallery(self, name: str, metric: Metric, headings: Mapping[str, str], title: str) -> list[Path]:
+        """What a metric shows side by side, put into the run's folder; made anew only where it shows something else."""
+        artifacts = self._artifacts(name)
+
+        def make() -> kept.Made:
+            with tempfile.TemporaryDirectory() as place:
+                metric.gallery(artifacts, headings, Path(place), title)
+                files = visible_files(Path(place))
+                return kept.Made({path.relative_to(place).as_posix(): path.read_bytes() for path in files}, "")
+
+        given = ["gallery", name, self._settings(name), list(headings.items()), title]
+        gallery = kept.made([*given, folder_digest(artifacts)], make)
+        gallery.put(self.plan.folder)
+        return [self.plan.folder / file for file in gallery.files]
 
     def _headings(self, draw: Any, metric: str) -> dict[str, str]:
         """Of the base and of each model that was scored: the label of its outputs to its heading, in order."""
@@ -292,8 +310,6 @@ class ModelJudge:
     def _settings(self, metric: str) -> dict[str, str]:
         """What decides a metric's scores besides the weights: its settings, inputs, base model and code."""
         if metric not in self.fixed:
-            from lowra.digests import folder_digest
-
             made = self.plan.metrics[metric]
             base = str(self.plan.data.base)
             self.fixed[metric] = {

@@ -21,6 +21,8 @@ from lowra.bench.draws import Draw
 from lowra.judge import LayerJudge, ModelJudge
 from lowra.plan import Plan, Task, in_shard, shard_of
 from lowra.records import LAYER, SCORE, KeptWeights, Store, tables
+from lowra.reporting import kept
+from lowra.reporting.kept import Made
 
 REFRESH_SECONDS = 0.5  # between looks at what other processes have finished
 TABLES_SECONDS = 2.0  # at least so long between two writings of the tables while a run is under way, ...
@@ -218,6 +220,15 @@ def report(plan: Plan, store: Store, *, figures: bool) -> str:
     rows = [record | {"folder": str(plan.folder)} for record in store.all(LAYER) if record["key"] in wanted]
     if not rows:
         return ""
+    scores, order = store.all(SCORE), list(plan.variants)
+    contexts = {name: store.contexts.get(name, {}) for name in dict.fromkeys(record["context"] for record in rows)}
     notes = [f"{len(store.damaged)} damaged records or files were left out."] if store.damaged else []
-    records = tables(rows, store.all(SCORE), store.contexts, wanted, notes)
-    return reporting.write(records, plan.folder, methods_order=list(plan.variants), figures=figures)
+
+    def make() -> Made:
+        records = tables(rows, scores, contexts, wanted, notes)
+        return reporting.made(records, plan.folder, methods_order=order, figures=figures)
+
+    if not figures:  # while the run is under way: seldom the same twice
+        return reporting.put(make(), plan.folder)
+    given = ["run", rows, scores, contexts, notes, order, str(Path.cwd())]  # folders are shown as seen from here
+    return reporting.put(kept.made(given, make), plan.folder)

@@ -92,6 +92,7 @@ SCORE_FIELDS: dict[str, str] = {
     "base": "string",
     "inputs": "string",
 }
+_OF_KIND = {LAYER: FIELDS | LAYER_FIELDS, SCORE: FIELDS | SCORE_FIELDS}
 COORDINATES = ("subset", "source", "data", "n_loras", "trial", "models", "seed", "variant", "method", "label")
 SETTING = ("subset", "source", "data", "merge_dtype", "merge_order", "knows_rank", "seed")
 LAYER_NAME = ("layer_model", "layer_name")
@@ -338,6 +339,8 @@ class KeptWeights:
 
     def drop(self, names: Iterable[str]) -> None:
         """Delete kept weights, and the folder with the last of them."""
+        if not (self.folder / "weights").is_dir():  # nothing is: not worth a look for each of hundreds of layers
+            return
         for name in names:
             self._path(name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not there, or others' weights in it
@@ -355,7 +358,7 @@ def _order(record: Mapping[str, Any]) -> tuple[bool, str, str]:
 
 def _whole(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record with all the fields of its kind. Raises KeyError or ValueError for one that is none."""
-    fields = FIELDS | {LAYER: LAYER_FIELDS, SCORE: SCORE_FIELDS}[record["kind"]]
+    fields = _OF_KIND[record["kind"]]
     if not all(isinstance(record[name], str) for name in FIELDS):
         raise ValueError("a record's key, context and time are text")
     whole = {name: record.get(name) for name in fields}
@@ -400,12 +403,18 @@ class Records:
     notes: tuple[str, ...] = field(default=())
 
 
-def read(folders: Sequence[Path], keys: Iterable[str] | None = None) -> Records:
-    """The records of run folders, as tables.
+@dataclass(frozen=True)
+class Gathered:
+    """The records of one or more folders as they lie there: what `tables` takes. rows: of layers."""
 
-    keys: only layer records of these keys (what a run was asked for); else all, of each label the newest variant.
-    Raises LowraError where a folder holds no records.
-    """
+    rows: list[dict[str, Any]]
+    scores: list[dict[str, Any]]
+    contexts: dict[str, dict[str, Any]]
+    notes: list[str]
+
+
+def gather(folders: Sequence[Path]) -> Gathered:
+    """The records of run folders. Raises LowraError where a folder holds none."""
     rows: list[dict[str, Any]] = []
     scores: list[dict[str, Any]] = []
     contexts: dict[str, dict[str, Any]] = {}
@@ -421,8 +430,18 @@ def read(folders: Sequence[Path], keys: Iterable[str] | None = None) -> Records:
         contexts |= store.contexts
         if store.damaged:
             notes.append(f"{len(store.damaged)} damaged records or files in {folder} were left out.")
+    return Gathered(rows, scores, contexts, notes)
+
+
+def read(folders: Sequence[Path], keys: Iterable[str] | None = None) -> Records:
+    """The records of run folders, as tables.
+
+    keys: only layer records of these keys (what a run was asked for); else all, of each label the newest variant.
+    Raises LowraError where a folder holds no records.
+    """
+    found = gather(folders)
     wanted = None if keys is None else set(keys)
-    return tables(rows, scores, contexts, wanted, notes)
+    return tables(found.rows, found.scores, found.contexts, wanted, found.notes)
 
 
 def tables(

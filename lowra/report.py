@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 def read(folders: Sequence[Path]) -> Records:
     """The records of some folders; raises LowraError where there are none."""
     from lowra import records
+
+    check(folders)
+    return records.read(folders)
+
+
+def check(folders: Sequence[Path]) -> None:
+    """Raise LowraError for a folder that is none."""
     from lowra.errors import LowraError
 
     for folder in folders:
@@ -24,7 +31,32 @@ def read(folders: Sequence[Path]) -> Records:
             raise LowraError(
                 f"{folder} is no folder; expected one that a run or a report wrote, such as runs/vit/mini."
             )
-    return records.read(folders)
+
+
+def write_page(folders: Sequence[Path], path: Path) -> Path:
+    """Write the page of some folders; made anew where their records or what they show beside them are others.
+
+    Raises LowraError where there are no records or the file cannot be written.
+    """
+    from lowra.digests import file_digest
+    from lowra.records import gather, tables
+    from lowra.reporting import kept
+
+    check(folders)
+    found = gather(folders)
+
+    def make() -> kept.Made:
+        from lowra.reporting.page import page
+
+        text = page(tables(found.rows, found.scores, found.contexts, None, found.notes))
+        return kept.Made({"page.html": text.encode()}, "")
+
+    shown = [file for folder in folders for file in sorted((folder / "outputs").rglob("*")) if file.is_file()]
+    outputs = [(str(file), file_digest(file)) for file in shown]
+    given = ["page", found.rows, found.scores, found.contexts, found.notes, outputs, str(Path.cwd())]
+    made = kept.made(given, make)
+    kept.Made({path.name: made.files["page.html"]}, "").put(path.parent)
+    return path
 
 
 def refuse_mixed(records: Records, folders: Sequence[Path]) -> None:
@@ -84,20 +116,18 @@ def work(arguments: argparse.Namespace) -> None:
         signals.stop()
         print(verify(arguments.verify, arguments.set))
         return
+    signals.stop()  # temporary files are cleaned away
+    if arguments.page and not arguments.summary:
+        print(f"Written: {write_page(arguments.folders, arguments.page)}")
+        return
     from lowra import reporting
     from lowra.reporting import tables
     from lowra.reporting.export import export
     from lowra.reporting.views import views
 
-    signals.stop()  # temporary files are cleaned away
     records = read(arguments.folders)
     if arguments.summary:
         print(tables.markdown(tables.summary(views(records))))
-        return
-    if arguments.page:
-        from lowra.reporting.page import write_page
-
-        print(f"Written: {write_page(records, arguments.page)}")
         return
     refuse_mixed(records, arguments.folders)
     if arguments.to:

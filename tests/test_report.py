@@ -11,6 +11,7 @@ import pytest
 
 from lowra import report
 from lowra.records import read
+from lowra.reporting import page
 from tests.reporting import fakes
 
 
@@ -136,3 +137,38 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_page_is_made_again_only_for_other_records_or_outputs(
+    mine: Path, baselines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWRA_CACHE", str(tmp_path / "pages made before"))
+    made: list[int] = []
+    real = page.page
+
+    def counted(records: object) -> str:
+        made.append(1)
+        return real(records)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(page, "page", counted)
+    file = tmp_path / "site" / "report.html"
+    assert call(monkeypatch, mine, baselines, "--page", file) == 0
+    first = file.read_text()
+    file.write_text("edited")
+    assert call(monkeypatch, mine, baselines, "--page", file) == 0
+    assert file.read_text() == first
+    assert call(monkeypatch, mine, baselines, "--page", tmp_path / "other.html") == 0
+    assert (tmp_path / "other.html").read_text() == first
+    assert len(made) == 1
+    assert call(monkeypatch, mine, "--page", file) == 0
+    assert file.read_text() != first
+    assert len(made) == 2
+    outputs = mine / "outputs" / "sbert-1"
+    outputs.mkdir(parents=True)
+    for text in ("one", "two"):
+        (outputs / "reference.json").write_text(text)
+        assert call(monkeypatch, mine, "--page", file) == 0
+    assert len(made) == 4
+    fakes.folder(mine, fakes.rows("m", "Mine", -9.5, context="m"), m=fakes.context(command="mine"))
+    assert call(monkeypatch, mine, "--page", file) == 0
+    assert len(made) == 5

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from lowra import pipeline, plan
 from lowra.bench.schema import write_dataset
 from lowra.judge import LayerJudge
-from lowra.records import Store, read, trials
+from lowra.records import Store, read, trials, write_records
+from lowra.reporting import figures
 
 Configure = Callable[..., DictConfig]
 
@@ -517,6 +518,113 @@ def test_killed_and_concurrent_processes_leave_the_tables_of_an_undisturbed_run(
     pd.testing.assert_frame_equal(after, numbers(tmp_path / "undisturbed/custom/published"))
 
 
+# ---- Reports that were made before ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The figures that are drawn from now on; nothing was drawn before."""
+    monkeypatch.setenv("LOWRA_CACHE", str(tmp_path / "reports made before"))
+    names: list[str] = []
+    real = figures.drawn
+
+    def drawn(draw: Any, *arguments: Any) -> Any:
+        names.append(draw.__name__)
+        return real(draw, *arguments)
+
+    monkeypatch.setattr(figures, "drawn", drawn)
+    return names
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_run_without_work_draws_nothing_and_leaves_everything_as_it_was(
+    custom: Configure, drawings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pipeline.run(custom()).folder
+    pipeline.run(custom())  # what was measured here and what was read back may differ in type
+    said, there = capsys.readouterr().out, files(folder)
+    drawings.clear()
+    (folder / "cumulative.svg").unlink()
+    (folder / "table.md").write_text("edited")
+    (folder / "layers.parquet").write_bytes(b"")
+    (folder / "by_models.png").write_bytes(b"of an earlier state")
+    (folder / "history.parquet").write_bytes(b"of an earlier state")
+    pipeline.run(custom())
+    assert not drawings
+    assert files(folder) == there
+    assert capsys.readouterr().out in said
+
+
+def test_settings_that_take_turns_in_a_folder_each_find_their_own(custom: Configure, drawings: list[str]) -> None:
+    turns = [custom(), custom("n_loras=[3,4]"), custom("methods=[lora_ft,mean_lora]")]
+    for cfg in turns * 2:
+        folder = pipeline.run(cfg).folder
+    drawings.clear()
+    left = []
+    for cfg in turns * 2:
+        pipeline.run(cfg)
+        left.append(files(folder))
+    assert not drawings
+    assert left[:3] == left[3:]
+    assert "by_models.png" in left[1]
+    assert "by_models.png" not in left[2]
+    assert "LoRA FT" in left[2]["table.md"].decode()
+    assert "LoRA FT" not in left[0]["table.md"].decode()
+
+
+def test_an_edited_record_changes_the_tables(custom: Configure, drawings: list[str]) -> None:
+    folder = pipeline.run(custom()).folder
+    pipeline.run(custom())
+    before = files(folder)
+    (place,) = (folder / "records").glob("*.parquet")
+    store = Store(folder)
+    store.refresh()
+    first, *others = store.all("layer")
+    write_records([first | {"w_error": first["w_error"] - 1}, *others], store.contexts, place)
+    drawings.clear()
+    pipeline.run(custom())
+    assert drawings
+    after = files(folder)
+    for name in ("table.md", "table.csv", "layers.parquet", "cumulative.png"):
+        assert after[name] != before[name]
+
+
+def test_a_lost_record_is_made_again_and_shown(custom: Configure, drawings: list[str]) -> None:
+    folder = pipeline.run(custom()).folder
+    for path in (folder / "records").iterdir():
+        path.unlink()
+    before = pd.read_parquet(folder / "layers.parquet")
+    pipeline.run(custom())
+    after = pd.read_parquet(folder / "layers.parquet")
+    assert (before["finished"] < after["finished"]).all()
+
+
+def test_a_run_killed_while_it_reports_is_put_right_by_the_next(dataset: Path, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "lowra.run", "subset=custom", "source=published", f"source.path={dataset}"]
+    arguments += ["n_loras=3", "trials=2", "methods=[mean_lora]", "jobs=1", f"results_dir={tmp_path / 'out'}"]
+    environment = os.environ | {"LOWRA_CACHE": str(tmp_path / "cache")}
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    folder = tmp_path / "out/custom/published"
+    subprocess.run(arguments, check=True, **quiet)
+    subprocess.run(arguments, check=True, **quiet)
+    right = files(folder)
+    for i in range(4):
+        shutil.rmtree(tmp_path / "cache")
+        (folder / "table.md").write_text("not yet written")
+        pair = [subprocess.Popen(arguments, **quiet) for _ in range(2)]
+        deadline = time.monotonic() + 60
+        while (folder / "table.md").stat().st_size < 20 and time.monotonic() < deadline and i:
+            time.sleep(0.02 * i)
+        for process in pair:
+            process.kill()
+            process.wait()
+        subprocess.run(arguments, check=True, **quiet)
+        assert {name: there for name, there in files(folder).items() if not name.startswith(".")} == right
+
+
 # ---- Metrics ----------------------------------------------------------------------------------------------------
 
 
@@ -671,3 +779,31 @@ def test_a_killed_run_scores_what_it_had_recovered(
     assert again["norm"].tolist() == whole["norm"].tolist()
     assert not math.isnan(again["norm"].iloc[0])
     assert os.path.isdir(Path(custom().results_dir))
+
+
+def test_outputs_side_by_side_are_made_again_only_when_they_are_others(
+    custom: Configure, use: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LOWRA_CACHE", str(tmp_path / "galleries made before"))
+
+    class Shows(Norm):
+        def gallery(self, artifacts: Path, columns: dict[str, str], folder: Path, title: str) -> list[Path]:
+            self.shown.append(columns)
+            texts = [(artifacts / f"{label}.json").read_text() for label in columns if label != "reference"]
+            (folder / "shown.md").write_text("\n".join([title, *texts]))
+            return [folder / "shown.md"]
+
+    metric = use(Shows())
+    cfg = custom("+metrics.norm={_target_: x}")
+    folder = pipeline.run(cfg).folder
+    there = (folder / "shown.md").read_text()
+    (folder / "shown.md").unlink()
+    pipeline.run(cfg)
+    assert (folder / "shown.md").read_text() == there
+    assert len(metric.shown) == 1
+    (kept,) = folder.glob("outputs/*/*.json")
+    kept.write_text("edited")
+    pipeline.run(cfg)
+    assert "edited" in (folder / "shown.md").read_text()
+    pipeline.run(custom("+metrics.norm={_target_: x}", "methods=[lora_ft,mean_lora]"))
+    assert [list(columns.values()) for columns in metric.shown][2:] == [["Pre-FT (truth)", "Mean LoRA", "LoRA FT"]]

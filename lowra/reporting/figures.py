@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -23,7 +22,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lowra.files import replacing
 from lowra.metrics.weight_error import EXACT
 from lowra.reporting.escape import plot_text
 from lowra.reporting.numbers import number
@@ -399,31 +397,18 @@ FIGURES: dict[str, Draw] = {
 """The figures of every run's folder, each where the records have the numbers for it."""
 
 
-def save(draw: Draw, views: Sequence[View], stem: Path) -> list[Path]:
-    """Draw a figure and write `stem`.png and `stem`.svg; [] where the records have no numbers for it."""
+def drawn(draw: Draw, views: Sequence[View], kinds: Sequence[str]) -> dict[str, bytes]:
+    """A figure as the bytes of a file of each kind; {} where the records have no numbers for it."""
     with style():
         figure = draw(views)
         if figure is None:
-            return []
-        paths = []
-        for kind in FORMATS:
-            path = stem.with_name(f"{stem.name}.{kind}")
+            return {}
+        files = {}
+        for kind in kinds:
             # No date or version in the file: equal figures give equal bytes.
             metadata: dict[str, Any] = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-            with replacing(path) as temporary:
-                figure.savefig(temporary, format=kind, metadata=metadata)
-            paths.append(path)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, metadata=metadata)
+            files[kind] = buffer.getvalue()
         plt.close(figure)
-        return paths
-
-
-def svg(draw: Draw, views: Sequence[View]) -> bytes | None:
-    """A figure as the bytes of an SVG, None where the records have no numbers for it."""
-    with style():
-        figure = draw(views)
-        if figure is None:
-            return None
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        plt.close(figure)
-        return buffer.getvalue()
+        return files

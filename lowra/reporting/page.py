@@ -43,6 +43,11 @@ def write_page(records: Records, path: Path) -> Path:
     Texts and pictures are shown where the folders of the records still hold them. Raises LowraError when there are no
     records or the file cannot be written.
     """
+    return write_text(path, page(records))
+
+
+def page(records: Records) -> str:
+    """What `write_page` writes."""
     found = views(records)
     if not found:
         raise LowraError("There are no records to make a page of; run something first: python -m lowra.run --help.")
@@ -61,7 +66,7 @@ def write_page(records: Records, path: Path) -> Path:
             contents.append((f"compared-{source['name']}", "Methods compared pairwise"))
     contents += [("deviations", "Deviations"), ("records", "Where the records came from")]
     layers = len(records.layers)
-    text = environment.get_template("page.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         title=TITLE,
         intro=f"Made from {layers:,} records of recovered layers, and from nothing else. Nothing on this page is the "
         "paper's own measurement except what is labelled as the paper's.",
@@ -74,7 +79,6 @@ def write_page(records: Records, path: Path) -> Path:
         legend=tables.legend(found),
         resamples=f"{RESAMPLES:,}",
     )
-    return write_text(path, text)
 
 
 # ---- Where records came from ------------------------------------------------------------------------------------
@@ -203,11 +207,11 @@ def _exhibit(
 ) -> dict[str, Any] | None:
     images = []
     if shown.figure:
-        drawn = figures.svg(getattr(figures, shown.figure), shown.views)
-        if drawn is None and not shown.tables:
+        drawn = figures.drawn(getattr(figures, shown.figure), shown.views, ["svg"])
+        if not drawn and not shown.tables:
             return None
-        if drawn is not None:
-            images = [(_data("image/svg+xml", drawn), f"{exhibit.place}: {exhibit.title}, source={source}")]
+        if drawn:
+            images = [(_data("image/svg+xml", drawn["svg"]), f"{exhibit.place}: {exhibit.title}, source={source}")]
     texts = _texts(shown.views[0], records) if shown.gallery == "texts" else []
     pictures = _pictures(shown.views[0], records) if shown.gallery == "pictures" else None
     if shown.gallery and not texts and not pictures:
