@@ -5,12 +5,18 @@ Nothing falls back silently: what cannot be had is an error that names the alter
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -18,6 +24,8 @@ from lowra.bench.schema import LayerTable, open_dataset, open_hub
 from lowra.bench.synthetic import Family, SyntheticTable
 from lowra.builders.base import Builder, Built, recipe_key
 from lowra.checks import Count, Name, OneOf, make, make_as
+from lowra.code import code_digest
+from lowra.digests import remembered
 from lowra.errors import LowraError
 from lowra.packages import BUILDERS, require
 from lowra.paths import conf_dir, register_resolvers
@@ -141,12 +149,16 @@ class Recipe:
     def check(self) -> None:
         """Raise LowraError for a recipe that cannot be built."""
         make_as(Subset, self.subset, "subset")
-        self.make_builder().check()
+        self.check_recipe(self.make_builder())
+
+    def check_recipe(self, builder: Builder) -> None:
+        """Raise LowraError for anything that would stop the build."""
+        builder.check()
 
     def build(self) -> Built:
         """Build what is not built yet. Raises LowraError where the cache cannot be written."""
         builder = self.make_builder()
-        builder.check()
+        self.check_recipe(builder)
         folder = self.folder(builder)
         if self.miniature:  # dozens of tiny models are loaded; a progress bar for each would drown ours
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -180,6 +192,21 @@ class Mini(Recipe):
 
     miniature = True
     caption = "**a miniature built and attacked on one machine, NOT the paper's experiment**"
+
+    def check_recipe(self, builder: Builder) -> None:
+        """Raise LowraError for settings that do not go together.
+
+        Nothing but settings, code, packages and GPUs has a say in that where the base is made here, so what passed once
+        is not asked again: to ask, model libraries are imported, which is most of the time of a run with nothing to do.
+        """
+        if getattr(builder, "miniature", None) is None:  # a recipe for given models, at the wrong source or as asked
+            builder.check()
+            return
+        kind = type(builder)
+        known = [kind.__qualname__, code_digest(kind.__module__), _versions(), torch.cuda.device_count()]
+        recipe = dataclasses.asdict(builder)  # type: ignore[call-overload]  # builders are dataclasses
+        what = json.dumps(["passed its check", *known, recipe], sort_keys=True, default=str)
+        remembered(what, [], lambda: builder.check() or "yes")  # type: ignore[func-returns-value]
 
 
 @dataclass(frozen=True)
@@ -276,6 +303,16 @@ class Synthetic:
         subset = make_as(Subset, self.subset, "subset")
         table = make_as(SyntheticTable, {**self.table, "family": family(subset)}, "source.table")
         return Data(table)
+
+
+@functools.cache
+def _versions() -> dict[str, str | None]:
+    """The installed versions of what builds."""
+    found: dict[str, str | None] = dict.fromkeys(("torch", *BUILDERS))
+    for name in found:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # on the path, and unknown to pip
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def family(subset: Subset) -> Family:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import planted_layers
 from omegaconf import DictConfig
 
+from lowra.bench import sources
 from lowra.bench.schema import write_dataset
-from lowra.bench.sources import Source, make_source
+from lowra.bench.sources import Mini, Source, make_source
 from lowra.errors import LowraError
 
 Configure = Callable[..., DictConfig]
@@ -86,3 +89,51 @@ def test_mistakes_are_told_before_anything_is_built(
     with pytest.raises(LowraError, match=message):
         source(configure, *overrides).check()
     assert not (tmp_path / "cache").exists()
+
+
+# ---- A miniature's check ----------------------------------------------------------------------------------------
+
+asked: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A builder that notes each time it is asked."""
+
+    miniature: Any = "tiny"
+    rank: int = 4
+
+    def check(self) -> None:
+        asked.append(self)
+        if self.rank > 8:
+            raise LowraError("too large")
+
+
+@pytest.fixture
+def mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mini:
+    asked.clear()
+    monkeypatch.setenv("LOWRA_CACHE", str(tmp_path / "cache"))
+    return Mini("mini", {"name": "vit"}, {}, str(tmp_path), "vgg")
+
+
+def test_a_miniature_that_passed_its_check_is_not_asked_again(mini: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        mini.check_recipe(Checked())  # type: ignore[arg-type]
+    assert asked == [Checked()]
+    mini.check_recipe(Checked(rank=5))  # type: ignore[arg-type]
+    assert asked == [Checked(), Checked(rank=5)]
+    for _ in range(2):  # what failed is
+        with pytest.raises(LowraError, match="too large"):
+            mini.check_recipe(Checked(rank=9))  # type: ignore[arg-type]
+    assert len(asked) == 4
+    monkeypatch.setattr(sources, "_versions", lambda: {"torch": "99"})
+    mini.check_recipe(Checked())  # type: ignore[arg-type]
+    monkeypatch.setattr(sources, "code_digest", lambda module: "edited")
+    mini.check_recipe(Checked())  # type: ignore[arg-type]
+    assert len(asked) == 6
+
+
+def test_a_recipe_that_reads_from_elsewhere_is_always_asked(mini: Mini) -> None:
+    for _ in range(2):
+        mini.check_recipe(Checked(miniature=None))  # type: ignore[arg-type]
+    assert len(asked) == 2
