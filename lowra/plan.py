@@ -227,6 +227,7 @@ class Plan:
         }
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The installed versions of the packages that decide numbers."""
     found = {}
@@ -455,8 +456,14 @@ def _shipped_node(cfg: DictConfig, name: str) -> DictConfig | None:
     path = conf_dir() / "methods" / f"{name}.yaml"
     if not path.is_file():
         return None
-    whole = OmegaConf.create({**_plain(cfg, resolve=False), "methods": {name: OmegaConf.load(path)}})
-    return whole.methods[name]  # type: ignore[no-any-return]
+    return OmegaConf.create(_loaded(path), parent=cfg)  # what it refers to is in there
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    """A config file as it stands there."""
+    node = OmegaConf.load(path)
+    assert isinstance(node, DictConfig)
+    return _plain(node, resolve=False)
 
 
 def _plain(node: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
@@ -473,11 +480,18 @@ def options(node: DictConfig) -> dict[str, Any]:
 
 def _shipped(cfg: DictConfig, target: str) -> dict[str, Any] | None:
     """The options that the shipped config of a target has by default, None where there is no such config."""
-    for path in sorted((conf_dir() / "methods").glob("*.yaml")):
-        node = _shipped_node(cfg, path.stem)
-        if node is not None and node.get("_target_") == target:
-            return options(node)
-    return None
+    name = _shipped_targets(conf_dir() / "methods").get(target)
+    node = _shipped_node(cfg, name) if name else None
+    return None if node is None else options(node)
+
+
+@functools.cache
+def _shipped_targets(folder: Path) -> dict[str, str]:
+    """The names of the shipped configs by what they make; of two that make the same the first."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        found.setdefault(str(_loaded(path).get("_target_")), path.stem)
+    return found
 
 
 def _labelled(pretty: str, options: Mapping[str, Any]) -> str:
