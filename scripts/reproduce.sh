@@ -33,12 +33,11 @@ page() {
 
 case "$what" in
   mini)
-    run experiment=table2,table3,table4_sft,table4_dpo                  # also Figs. 2, 3, 4, 14 to 17, and by layer
+    # Few commands: each imports torch. The one whose tables stay in the folder of a subset comes last.
     run experiment=three,one_short,released,fig7 subset=$all
-    run experiment=fig8,fig9,fig10,fig11
-    run experiment=fig5,fig6,fig12,fig13
     run experiment=steps_200 subset=vit,stable_diffusion
-    run experiment=defended,dpo_sft_adapter,dpo_base
+    paper=table2,table3,table4_sft,table4_dpo                             # also Figs. 2, 3, 4, 14 to 17, and by layer
+    run experiment=$paper,fig8,fig9,fig10,fig11,fig5,fig6,fig12,fig13,defended,dpo_sft_adapter,dpo_base
     page
     echo "== $((SECONDS / 60)) min in all" >&2
     ;;
