@@ -20,7 +20,7 @@ from lowra import pool, reporting, signals
 from lowra.bench.draws import Draw
 from lowra.judge import LayerJudge, ModelJudge
 from lowra.plan import Plan, Task, in_shard, shard_of
-from lowra.records import LAYER, SCORE, KeptWeights, Store, tables
+from lowra.records import LAYER, SCORE, KeptWeights, Store, scores_of, tables
 from lowra.reporting import kept
 from lowra.reporting.kept import Made
 
@@ -220,7 +220,8 @@ def report(plan: Plan, store: Store, *, figures: bool) -> str:
     rows = [record | {"folder": str(plan.folder)} for record in store.all(LAYER) if record["key"] in wanted]
     if not rows:
         return ""
-    scores, order = store.all(SCORE), list(plan.variants)
+    rows.sort(key=lambda row: row["key"])  # whoever wrote them when, and whatever others wrote beside them
+    scores, order = scores_of(rows, store.all(SCORE)), list(plan.variants)
     contexts = {name: store.contexts.get(name, {}) for name in dict.fromkeys(record["context"] for record in rows)}
     notes = [f"{len(store.damaged)} damaged records or files were left out."] if store.damaged else []
 

@@ -531,6 +531,24 @@ def model_digest(layers: Iterable[Mapping[str, Any]], candidate: int) -> str | N
     return digest("\n".join(sorted(parts)))
 
 
+def _recovered(layers: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[Mapping[str, Any]], list[str | None]]]:
+    """The layers of each recovered model, with the digests of the model by candidate."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for record in layers:
+        place = _place(record) | {"models": tuple(record["models"])}
+        groups.setdefault(tuple(place.values()), []).append(record)
+    for group in groups.values():
+        count = {len(record["weights"]) for record in group}
+        if len(count) == 1 and 0 not in count:
+            yield group, [model_digest(group, c) for c in range(count.pop())]
+
+
+def scores_of(layers: Sequence[Mapping[str, Any]], scores: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of some scores those of the models that layers make up, in the order of their keys: other runs' add none."""
+    models = {name for _, digests in _recovered(layers) for name in digests}
+    return sorted((score for score in scores if models & set(score["weights"])), key=lambda score: score["key"])
+
+
 def _scores(layers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Scores joined to the draws whose recovered models they scored, averaged over candidates."""
     import pandas as pd
@@ -539,16 +557,8 @@ def _scores(layers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, A
     for score in scores:
         for name in score["weights"]:
             by_model.setdefault(name, []).append(score)
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for record in layers:
-        place = _place(record) | {"models": tuple(record["models"])}
-        groups.setdefault(tuple(place.values()), []).append(record)
     rows = []
-    for group in groups.values():
-        count = {len(record["weights"]) for record in group}
-        if len(count) != 1 or 0 in count:
-            continue
-        digests = [model_digest(group, c) for c in range(count.pop())]
+    for group, digests in _recovered(layers):
         found: dict[tuple[str, str, str], dict[str, tuple[str, float]]] = {}
         for name in digests:
             for score in by_model.get(str(name), ()):

@@ -544,7 +544,6 @@ def test_a_run_without_work_draws_nothing_and_leaves_everything_as_it_was(
     custom: Configure, drawings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = pipeline.run(custom()).folder
-    pipeline.run(custom())  # what was measured here and what was read back may differ in type
     said, there = capsys.readouterr().out, files(folder)
     drawings.clear()
     (folder / "cumulative.svg").unlink()
@@ -560,7 +559,7 @@ def test_a_run_without_work_draws_nothing_and_leaves_everything_as_it_was(
 
 def test_settings_that_take_turns_in_a_folder_each_find_their_own(custom: Configure, drawings: list[str]) -> None:
     turns = [custom(), custom("n_loras=[3,4]"), custom("methods=[lora_ft,mean_lora]")]
-    for cfg in turns * 2:
+    for cfg in turns:
         folder = pipeline.run(cfg).folder
     drawings.clear()
     left = []
@@ -577,7 +576,6 @@ def test_settings_that_take_turns_in_a_folder_each_find_their_own(custom: Config
 
 def test_an_edited_record_changes_the_tables(custom: Configure, drawings: list[str]) -> None:
     folder = pipeline.run(custom()).folder
-    pipeline.run(custom())
     before = files(folder)
     (place,) = (folder / "records").glob("*.parquet")
     store = Store(folder)
@@ -807,3 +805,16 @@ def test_outputs_side_by_side_are_made_again_only_when_they_are_others(
     assert "edited" in (folder / "shown.md").read_text()
     pipeline.run(custom("+metrics.norm={_target_: x}", "methods=[lora_ft,mean_lora]"))
     assert [list(columns.values()) for columns in metric.shown][2:] == [["Pre-FT (truth)", "Mean LoRA", "LoRA FT"]]
+
+
+def test_scores_of_other_runs_in_the_folder_draw_nothing_anew(custom: Configure, use: Any, drawings: list[str]) -> None:
+    use(Norm())
+    first, second = (custom("+metrics.norm={_target_: x}", f"n_loras={n}") for n in (3, 4))
+    folder = pipeline.run(first).folder
+    there = files(folder)
+    pipeline.run(second)
+    drawings.clear()
+    pipeline.run(first)
+    assert not drawings
+    assert files(folder) == there
+    assert "Norm" in there["table.md"].decode()
