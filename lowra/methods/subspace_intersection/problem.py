@@ -12,7 +12,7 @@ from torch import Tensor
 from lowra.methods.base import Observation
 from lowra.methods.subspace_intersection.answer import Estimate
 from lowra.methods.subspace_intersection.noise import Noise, joined, rounding_noise, sampled_rows, stored_as
-from lowra.methods.subspace_intersection.ranges import OVERSAMPLING, Difference, RowSpace, row_space
+from lowra.methods.subspace_intersection.ranges import OVERSAMPLING, Difference, RowSpace, row_space, row_space_within
 
 # Layers of at least this many entries run their passes in float32 where the updates are small enough (see below).
 LARGE = 2**19
@@ -31,8 +31,9 @@ class Problem:
 
     merged: (n, d, k), noise: of each, storage: the format they are rounded to, dtype: of the passes over the data,
     guess: columns of the first sketches, hint: the rank where it was granted. labels: the models' numbers in the
-    observation. unit: what 1 is in the observation's own scale (see `pose`). heads:
-    see `SubspaceIntersection`.
+    observation. unit: what 1 is in the observation's own scale (see `pose`). heads: see `SubspaceIntersection`. spans:
+    for each model orthonormal directions (k, c) in which its rows less those of model 0 are known to lie, where they
+    are; empty elsewhere.
     """
 
     merged: Tensor
@@ -45,6 +46,7 @@ class Problem:
     generator: torch.Generator
     unit: float = 1.0
     heads: int | None = None
+    spans: tuple[Tensor | None, ...] = ()
 
     def subset(self, chosen: list[int]) -> Problem:
         """The same for some of the models."""
@@ -53,6 +55,7 @@ class Problem:
             merged=self.merged[: len(chosen)] if chosen == list(range(len(chosen))) else self.merged[chosen],
             noise=tuple(self.noise[i] for i in chosen),
             labels=tuple(self.labels[i] for i in chosen),
+            spans=tuple(self.spans[i] for i in chosen) if self.spans and chosen[0] == 0 else (),
         )
 
     def in_units(self, log_error: float | None) -> float | None:
@@ -128,7 +131,9 @@ def first_parts(
         guess = max([guess, *(part.rank + OVERSAMPLING // 2 for part in parts)])
         difference = Difference(problem.merged[i], problem.merged[0], problem.dtype)
         noise = joined(problem.noise[0], problem.noise[i])
-        parts.append(row_space(difference, noise, guess, problem.generator, doublings))
+        span = problem.spans[i] if problem.spans else None
+        part = None if span is None else row_space_within(difference, noise, span)
+        parts.append(part or row_space(difference, noise, guess, problem.generator, doublings))
         if doublings is not None and parts[-1].full:
             break
     return parts

@@ -34,6 +34,9 @@ PIVOT = 128
 # what lies between two margins is too small to matter.
 MARGINS = (1.1, 1.6, 2.3)
 
+# What directions that are known leave of a difference is noise up to so many times what is expected.
+WITHIN = 1.2
+
 # Share of a singular value that the last of a quarter more has at most where they fall.
 FALLING = 0.93
 
@@ -160,15 +163,30 @@ def row_space(
         cutoff = MARGINS[0] * noise.norm(d, k)
         right, values, _ = thin_svd(difference.rows(slice(None)).double().mT, cutoff)
         crowded = False
-    rank = values.numel()
-    full = crowded or rank > FULL * min(d, k)
+    full = crowded or values.numel() > FULL * min(d, k)
+    return RowSpace(values, right, cutoff, full, left_over(difference, right))
+
+
+def left_over(difference: Difference, right: Tensor) -> float:
+    """Root mean square, per degree of freedom, of what row directions (k, r) leave of a difference."""
+    (d, k), rank = difference.shape, right.shape[1]
     rows = difference.rows(sampled_rows(d, k, difference.first.device))
     basis = right.to(rows.dtype)
     rest = rows - (rows @ basis) @ basis.mT  # (rows, k)
     # The row space takes in what noise the column space has, so that as many rows are free of it.
     freedom = (1 - rank / d) * (1 - rank / k)
-    residual = math.sqrt(float(rest.double().square().mean()) / max(freedom, 1 / (d * k)))
-    return RowSpace(values, right, cutoff, full, residual)
+    return math.sqrt(float(rest.double().square().mean()) / max(freedom, 1 / (d * k)))
+
+
+def row_space_within(difference: Difference, noise: Noise, span: Tensor) -> RowSpace | None:
+    """The row space of a difference that should lie within orthonormal directions (k, c); None where it does not."""
+    cutoff = MARGINS[0] * noise.norm(sum(difference.shape), span.shape[1])  # as in `row_space`: the span leans, too
+    _, values, mix = thin_svd(difference.times(span), cutoff)
+    right = span @ mix
+    residual = left_over(difference, right)
+    if values.numel() == span.shape[1] or residual > WITHIN * noise.std:
+        return None
+    return RowSpace(values, right, cutoff, False, residual)
 
 
 def full_block(difference: Difference, noise: Noise, side: int) -> bool:

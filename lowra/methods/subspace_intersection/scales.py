@@ -37,6 +37,9 @@ GAIN = 0.5
 # Of a row's unit vector, this share lies in the column space when it has a direction of it for itself.
 OWN = 0.9
 
+# A gap of so many times between singular values is the rank; rows that are wrong (see `mended`) do not make one.
+CLEAR = 100.0
+
 # Of a row, this share outside of the leading directions is none.
 BLIND = 1e-9
 
@@ -68,11 +71,15 @@ RATE = 0.1
 
 @dataclass(frozen=True)
 class Ratio:
-    """What rows are multiplied by, (d,) float64, the standard error of each, and the row space left then, (k, r)."""
+    """What rows are multiplied by, (d,) float64, and the standard error of each.
+
+    right: (k, r), the row space left then, outside of what was known. span: (k, c), directions it all lies in.
+    """
 
     values: Tensor
     error: Tensor
     right: Tensor
+    span: Tensor
 
 
 def row_ratio(
@@ -113,10 +120,10 @@ def row_ratio(
             fit = part.mended(fit)
             basis, _ = _Pair.of(*some, noise, aside).vectors(fit.ratio, fit.image)
             whole = _Pair.of(first, second, noise, aside)
-            found, right = whole.settled(fit.rank, basis, generator)
+            found, right, span = whole.settled(fit.rank, basis, generator)
             if found.explained:
                 error = noise.std / whole.size.sqrt().clamp_min(TINY)
-                return Ratio(found.ratio, error, right) if bool((found.ratio > 0).all()) else None
+                return Ratio(found.ratio, error, right, span) if bool((found.ratio > 0).all()) else None
         elif not part.gains(fit):
             break
         if size >= max(first.shape):
@@ -254,8 +261,9 @@ class _Pair:
         # The largest gap, of which one may be above the rank tried, is the rank; the rank below it confirms it.
         values = fit.values[below : rank + 1]
         gap = below + 1 + int((values[:-1] / values[1:].clamp_min(TINY)).argmax()) if len(values) > 1 else rank
+        clear = bool(values[gap - below - 1] > CLEAR * values[gap - below]) if len(values) > 1 else False
         tried = min(gap, rank - 1)
-        while fit.rank - below > 1:
+        while fit.rank - below > 1 and not (clear and fit.rank == gap):
             smaller = self.fitted(fit.ratio, tried, fit.image[:, : tried + EXTRA])
             confirm = smaller.explained and fit.rank - tried > 1
             below, fit = (below, smaller) if smaller.explained else (tried, fit)
@@ -265,15 +273,21 @@ class _Pair:
     def fitted(self, ratio: Tensor, rank: int, image: Tensor) -> _Fit:
         """The fit at one rank, iterated until it explains the difference or falls no further."""
         left = math.inf
+        last: Tensor | None = None
         for step in range(1, AT_MOST + 1):
             basis, values = self.vectors(ratio, image)
             change, image = self.step(ratio, basis, rank)
             ratio = ratio + change
-            if step < ROUNDS - 1:
+            if step >= ROUNDS - 1:
+                before, left = left, self.left_over(ratio, basis[:, :rank])
+                if left < EXPLAINED * self.noise.std or left > FALLS * before:
+                    break
+            if last is None or step < ROUNDS:
+                last = change
                 continue
-            before, left = left, self.left_over(ratio, basis[:, :rank])
-            if left < EXPLAINED * self.noise.std or left > FALLS * before:
-                break
+            # A row's steps shrink by a factor of its own: every other time their sum is taken at once.
+            factor = change / torch.where(last == 0, 1, last)
+            ratio, last = ratio + torch.where(factor.abs() < FALLS, change * factor / (1 - factor), 0), None
         return _Fit(ratio, rank, image, left < EXPLAINED * self.noise.std, values, left)
 
     def mended(self, fit: _Fit) -> _Fit:
@@ -298,10 +312,10 @@ class _Pair:
         mended = self.fitted(ratio + change, rank, image)
         return mended if mended.explained else fit
 
-    def settled(self, rank: int, basis: Tensor, generator: torch.Generator) -> tuple[_Fit, Tensor]:
+    def settled(self, rank: int, basis: Tensor, generator: torch.Generator) -> tuple[_Fit, Tensor, Tensor]:
         """The fit whose ratios stay, from row directions (m, c); directions above the noise that it missed are added.
 
-        Also the row space (m, rank) that it leaves.
+        Also the row space (m, rank) that it leaves, and more than that, with what is known: see `Ratio`.
         """
         ratio = self.plain()
         change, image = self.step(ratio, basis[:, : rank + OVERSAMPLING // 2], rank)  # exact but for the basis's noise
@@ -331,10 +345,12 @@ class _Pair:
         # A row whose ratio is wrong would be left out of what is looked at next, and be wrong there, too.
         rows = image[:, :rank] / values[:rank].clamp_min(TINY)  # (d, r)
         own = rows[rows.square().sum(1) > OWN]
+        right, span = basis[:, :rank], basis
         if len(own):
-            others = torch.linalg.qr(own.mT, mode="complete").Q[:, len(own) :]
-            return fit, basis[:, :rank] @ others
-        return fit, basis[:, :rank]
+            right = right @ torch.linalg.qr(own.mT, mode="complete").Q[:, len(own) :]
+        if self.known is not None:
+            span = torch.cat([self.known, basis], 1)
+        return fit, right, span
 
 
 def row_pairs(y: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -41,6 +41,9 @@ ON_GRID = 0.95
 # them.
 SPREAD = 5.0
 
+# Layers up to so many entries are looked at in float64, all models at once: others a few rows at a time.
+SMALL = 2**20
+
 # Entries tell a grid only where fewer than this share of all numbers lie as near to it. Candidates are tried on so many
 # of the largest entries: a third of the numbers of a grid stay on it when they are taken times 4 / 3.
 CHANCE = 0.2
@@ -53,7 +56,7 @@ LOOKED = 256
 # by chance a wrong factor brings all four onto the grid once in 600 times. They are tried in float32, whose rounding of
 # the entry, the factor and their product is at most so many ulp.
 FIRST = slice(None, None, 6)
-LIKELY = 16
+LIKELY = 8
 HASTE = 1.5 * torch.finfo(torch.float32).eps
 
 # Rows that tell whether there is a grid at all, and the share of them that has to be on it.
@@ -63,10 +66,14 @@ MOST = 0.5
 
 @dataclass(frozen=True)
 class Siblings:
-    """Models of one base up to scales of rows: positions in the problem, and c_i / c_first of each, (n, d) float64."""
+    """Models of one base up to scales of rows: positions in the problem, and c_i / c_first of each, (n, d) float64.
+
+    spans: see `Problem`, of the merges without these scales.
+    """
 
     members: list[int]
     ratios: Tensor
+    spans: tuple[Tensor | None, ...]
 
     @property
     def scaled(self) -> bool:
@@ -101,6 +108,8 @@ def sibling_groups(problem: Problem, odd: int) -> list[Siblings]:
     _, d, _ = problem.merged.shape
     one = torch.ones(d, dtype=torch.float64, device=problem.merged.device)
     known: dict[int, Tensor] = {}
+    spans: dict[int, Tensor] = {}
+    models = problem.merged.double() if problem.merged[0].numel() <= SMALL else problem.merged
 
     def ratio_of(i: int, first: int) -> Tensor | None:
         """What the rows of model i are to those of the first of a group, (d,); None where no scales explain it."""
@@ -116,10 +125,11 @@ def sibling_groups(problem: Problem, odd: int) -> list[Siblings]:
         scaled = bool(known)
         if not scaled and plain():
             return one
-        found = row_ratio(problem.merged[i], problem.merged[first], noise, problem.generator, known.get(first))
+        found = row_ratio(models[i], models[first], noise, problem.generator, known.get(first))
         if found is None:
             return one if scaled and plain() else None
-        known[first] = found.right
+        known.setdefault(first, found.right)
+        spans[i] = found.span
         return one if bool(((found.values - 1).abs() < ALIKE * found.error).all()) else found.values
 
     for i in range(len(problem.merged)):
@@ -131,7 +141,8 @@ def sibling_groups(problem: Problem, odd: int) -> list[Siblings]:
         else:
             groups.append([(i, one)])
     groups.sort(key=lambda group: -len(group))
-    return [Siblings([i for i, _ in group], torch.stack([ratio for _, ratio in group])) for group in groups]
+    found = [([i for i, _ in group], torch.stack([ratio for _, ratio in group])) for group in groups]
+    return [Siblings(members, ratios, tuple(map(spans.get, members))) for members, ratios in found]
 
 
 def with_strangers(answer: Answer, problem: Problem, siblings: Siblings) -> Answer:
@@ -149,7 +160,7 @@ def solved_level(problem: Problem, siblings: Siblings, solve: Callable[[Problem]
     ratios = siblings.ratios[:, :, None]  # (n, d, 1)
     size = (1 / siblings.ratios).square().mean(1).sqrt()  # of the noise, once divided
     noise = tuple(level.scaled(float(by)) for level, by in zip(used.noise, size, strict=True))
-    level = replace(used, merged=used.merged.double().mul_(1 / ratios), noise=noise)
+    level = replace(used, merged=used.merged.double().mul_(1 / ratios), noise=noise, spans=siblings.spans)
     answer = without_updates(level) or solve(level)
     estimate = Estimate.of(answer.estimate.dense(torch.float64))  # looked at more than once
     kept = [i for i, label in enumerate(used.labels) if label not in answer.outliers]
@@ -305,9 +316,12 @@ def grid_factors(
 
     def tolerances(numbers: Tensor) -> tuple[Tensor, Tensor]:
         """How near to the grid a number on it is found, float32, and which numbers that tells something of."""
-        numbers = numbers.float()
-        within = ulp(numbers, storage).mul_(NEAR / math.sqrt(12)).clamp_(min=NEAR * error)
-        return within, ulp(numbers, dtype) > within * (2 / CHANCE)
+        spacing = ulp(numbers, storage)
+        within = (spacing * (NEAR / math.sqrt(12))).clamp_(min=NEAR * error)
+        coarse = torch.finfo(dtype)
+        return within, spacing.mul_(coarse.eps / torch.finfo(storage).eps).clamp_(min=coarse.tiny * coarse.eps) > (
+            within * (2 / CHANCE)
+        )
 
     seen = rows[:, :: max(1, rows.shape[1] // LOOKED)]
     within, telling = tolerances(seen)
