@@ -55,9 +55,8 @@ from lowra.methods.subspace_intersection.solve import CLEAR_EDGE
 # `refine: auto` refines layers up to this size, which takes a fraction of a second, and all half-precision merges.
 REFINE_ENTRIES = 2**18
 
-# Float32 merges are not refined where their noise is so many times their rounding: up to 1.12 times the weighted fit
-# gained .13 to .9 decades in planted layers of 48 to 512 rows, from 1.17 on it lost or its error was .2 foreseen short.
-LOUD = 1.15
+# Noise of so many times the rounding of float32 merges is theirs and that of their sums, which all entries have alike.
+LOUD = 1.1
 
 
 @dataclass(frozen=True)
@@ -196,12 +195,11 @@ class SubspaceIntersection:
         # A coarse grid settles the weights of float32 merges; nothing is left to refine.
         refine = wanted and any(ranks) and not (grid.coarse and not half)
         refine = refine and not answer.scaled and answer.blocks is None
-        # Of noise beyond their rounding, entries of less rounding have no less.
-        rounding = math.sqrt(sum(noise.std**2 for noise in problem.noise) / len(problem.noise))
-        refine = refine and (half or answer.noise < LOUD * rounding)
         if refine:
             used = problem.subset([i for i, label in enumerate(problem.labels) if label not in answer.outliers])
-            weight = refined(used, estimate.dense(torch.float64), ranks)
+            rounding = math.sqrt(sum(noise.std**2 for noise in problem.noise) / len(problem.noise))
+            excess = answer.noise**2 - rounding**2 if not half and answer.noise > LOUD * rounding else 0.0
+            weight = refined(used, estimate.dense(torch.float64), ranks, excess)
             estimate = Estimate.of(weight)
         weight = grid.rounded(estimate)
         return weight, replace(answer, grid=grid.name), expected(answer, problem, grid, weight, refined=refine)
@@ -238,8 +236,8 @@ def refinable_ranks(answer: Answer, hint: int | None, *, half: bool, coarse: boo
     return answer.ranks
 
 
-def refined(problem: Problem, weight: Tensor, ranks: tuple[int, ...]) -> Tensor:
-    """The weighted fit from an estimate (d, k), all models and their ranks given."""
+def refined(problem: Problem, weight: Tensor, ranks: tuple[int, ...], excess: float) -> Tensor:
+    """The weighted fit from an estimate (d, k), all models and their ranks given. excess: see `weighted_refinement`."""
     factors = []
     for model, rank in zip(problem.merged, ranks, strict=True):
         columns = min(rank + OVERSAMPLING, *weight.shape)
@@ -248,4 +246,4 @@ def refined(problem: Problem, weight: Tensor, ranks: tuple[int, ...]) -> Tensor:
         left, values, right = triplets(rest, rows)
         root = values[:rank].sqrt()
         factors.append((left[:, :rank] * root, right[:, :rank] * root))
-    return weighted_refinement(problem.merged, factors, problem.storage)
+    return weighted_refinement(problem.merged, factors, problem.storage, excess)

@@ -150,13 +150,15 @@ class Fit:
         return torch.cat([left for left, _ in pairs]), torch.cat([right for _, right in pairs])
 
 
-def weighted_refinement(stack: Tensor, factors: Sequence[tuple[Tensor, Tensor]], storage: torch.dtype) -> Tensor:
+def weighted_refinement(
+    stack: Tensor, factors: Sequence[tuple[Tensor, Tensor]], storage: torch.dtype, excess: float = 0.0
+) -> Tensor:
     """W (d, k) float64 of the weighted fit, from a close start.
 
-    stack: (n, d, k) merged weights as stored in `storage`, factors: L_i (d, r_i) and R_i (k, r_i). A step that does not
-    lower the objective is not taken.
+    stack: (n, d, k) merged weights as stored in `storage`, factors: L_i (d, r_i) and R_i (k, r_i). excess: variance of
+    what noise all entries have alike beyond that rounding. A step that does not lower the objective is not taken.
     """
-    precision = 1 / ulp(stack, storage).double().square_()  # (n, d, k)
+    precision = 1 / ulp(stack, storage).double().square_().add_(12 * excess)  # (n, d, k)
     precision /= precision.median()
     precision.clamp_(max=CLIP)
     fit = Fit(stack, precision, precision.sum(0))
