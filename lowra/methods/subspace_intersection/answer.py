@@ -79,8 +79,8 @@ class Answer:
     predicted, lambda_min, discrepancy, edge: see `certify.Evidence`. outliers: models left out, counted from 0.
     grid: name of the one that W was rounded to. scaled: "rows" or "columns" where the models differ by scales of
     theirs, "" elsewhere; settled: the share of them whose scale is known. sure: (d, k), see `Recovery`. blocks: how
-    many, down and across, where the updates are Kronecker products. noise: of the models, root mean square, as
-    it was found.
+    many, down and across, where the updates are Kronecker products. noise: standard deviation of each model's, as it
+    was found; empty where it was not.
     """
 
     estimate: Estimate
@@ -97,4 +97,4 @@ class Answer:
     settled: float | None = None
     sure: Tensor | None = None
     blocks: tuple[int, int] | None = None
-    noise: float = 0.0
+    noise: tuple[float, ...] = ()

@@ -188,7 +188,7 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
         evidence.lambda_min,
         evidence.discrepancy,
         evidence.edge,
-        noise=math.sqrt(sum(level.std**2 for level in problem.noise) / len(problem.noise)),
+        noise=tuple(level.std for level in problem.noise),
     )
     certified = certificate in (Certificate.CERTIFIED, Certificate.WEAK)
     return started(problem, answer, core.matrices - solution.x) if certified else answer

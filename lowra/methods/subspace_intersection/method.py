@@ -29,7 +29,6 @@ Merges stored in half precision of a base on such a grid go on to `half`, which 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -197,12 +196,22 @@ class SubspaceIntersection:
         refine = refine and not answer.scaled and answer.blocks is None
         if refine:
             used = problem.subset([i for i, label in enumerate(problem.labels) if label not in answer.outliers])
-            rounding = math.sqrt(sum(noise.std**2 for noise in problem.noise) / len(problem.noise))
-            excess = answer.noise**2 - rounding**2 if not half and answer.noise > LOUD * rounding else 0.0
+            excess = [0.0] * len(used.labels) if half else beyond_rounding(answer.noise, used)
             weight = refined(used, estimate.dense(torch.float64), ranks, excess)
             estimate = Estimate.of(weight)
         weight = grid.rounded(estimate)
         return weight, replace(answer, grid=grid.name), expected(answer, problem, grid, weight, refined=refine)
+
+
+def beyond_rounding(found: tuple[float, ...], problem: Problem) -> list[float]:
+    """The variance of each model's noise beyond the rounding of its format: of float32 sums, where it is much.
+
+    found: standard deviations of the noise, of some models where all together were solved from these.
+    """
+    if len(found) < len(problem.noise):
+        found = (max(found, default=0.0),) * len(problem.noise)
+    pairs = zip(found, problem.noise, strict=True)
+    return [std**2 - own.std**2 if std > LOUD * own.std else 0.0 for std, own in pairs]
 
 
 def off_grid(answer: Answer) -> Answer:
@@ -236,7 +245,7 @@ def refinable_ranks(answer: Answer, hint: int | None, *, half: bool, coarse: boo
     return answer.ranks
 
 
-def refined(problem: Problem, weight: Tensor, ranks: tuple[int, ...], excess: float) -> Tensor:
+def refined(problem: Problem, weight: Tensor, ranks: tuple[int, ...], excess: list[float]) -> Tensor:
     """The weighted fit from an estimate (d, k), all models and their ranks given. excess: see `weighted_refinement`."""
     factors = []
     for model, rank in zip(problem.merged, ranks, strict=True):

@@ -151,14 +151,16 @@ class Fit:
 
 
 def weighted_refinement(
-    stack: Tensor, factors: Sequence[tuple[Tensor, Tensor]], storage: torch.dtype, excess: float = 0.0
+    stack: Tensor, factors: Sequence[tuple[Tensor, Tensor]], storage: torch.dtype, excess: Sequence[float] = ()
 ) -> Tensor:
     """W (d, k) float64 of the weighted fit, from a close start.
 
-    stack: (n, d, k) merged weights as stored in `storage`, factors: L_i (d, r_i) and R_i (k, r_i). excess: variance of
-    what noise all entries have alike beyond that rounding. A step that does not lower the objective is not taken.
+    stack: (n, d, k) merged weights as stored in `storage`, factors: L_i (d, r_i) and R_i (k, r_i). excess: by model,
+    the variance of what noise all its entries have alike beyond that rounding; none by default. A step that does not
+    lower the objective is not taken.
     """
-    precision = 1 / ulp(stack, storage).double().square_().add_(12 * excess)  # (n, d, k)
+    beyond = torch.tensor(excess or [0.0] * len(stack), dtype=torch.float64, device=stack.device)[:, None, None]
+    precision = 1 / ulp(stack, storage).double().square_().add_(12 * beyond)  # (n, d, k)
     precision /= precision.median()
     precision.clamp_(max=CLIP)
     fit = Fit(stack, precision, precision.sum(0))
