@@ -198,6 +198,7 @@ class SubspaceIntersection:
             used = problem.subset([i for i, label in enumerate(problem.labels) if label not in answer.outliers])
             excess = [0.0] * len(used.labels) if half else beyond_rounding(answer.noise, used)
             weight = refined(used, estimate.dense(torch.float64), ranks, excess)
+            refine = not any(excess)  # what weighing gains of loud merges is not foreseen
             estimate = Estimate.of(weight)
         weight = grid.rounded(estimate)
         return weight, replace(answer, grid=grid.name), expected(answer, problem, grid, weight, refined=refine)
