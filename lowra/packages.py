@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterable
 
 from lowra.errors import LowraError
 
@@ -40,6 +42,11 @@ def require(what: str, *names: str) -> None:
         )
 
 
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """The installed versions of those of some packages that pip knows."""
+    return {name: version for name in names if (version := _version(name))}
+
+
 def _declared() -> list[str]:
     try:
         return importlib.metadata.requires("lowra") or []
@@ -47,6 +54,7 @@ def _declared() -> list[str]:
         return []
 
 
+@functools.cache
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)

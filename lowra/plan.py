@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import os
 import platform
@@ -30,6 +29,7 @@ from lowra.code import code_digest, digest, module_of
 from lowra.errors import LowraError, unknown
 from lowra.methods import Method, as_method
 from lowra.metrics.base import Metric
+from lowra.packages import versions
 from lowra.paths import conf_dir
 from lowra.records import Store, key_of
 
@@ -219,24 +219,12 @@ class Plan:
             "note": cfg.note,
             "models": list(self.data.table.model_names),
             "build": _portable(self.data.report),
-            "versions": {"lowra": lowra.__version__, "python": sys.version.split()[0]} | versions(),
+            "versions": {"lowra": lowra.__version__, "python": sys.version.split()[0]} | versions(PACKAGES),
             "machine": machine(),
             "jobs": jobs,
             "threads": threads,
             "device": str(self.device),
         }
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """The installed versions of the packages that decide numbers."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # an extra that is not installed
-            continue
-    return found
 
 
 @functools.cache

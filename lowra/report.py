@@ -38,7 +38,7 @@ def write_page(folders: Sequence[Path], path: Path) -> Path:
 
     Raises LowraError where there are no records or the file cannot be written.
     """
-    from lowra.digests import file_digest
+    from lowra.digests import folder_digest
     from lowra.records import gather, tables
     from lowra.reporting import kept
 
@@ -46,13 +46,12 @@ def write_page(folders: Sequence[Path], path: Path) -> Path:
     found = gather(folders)
 
     def make() -> kept.Made:
-        from lowra.reporting.page import page
+        from lowra.reporting.page import page_of
 
-        text = page(tables(found.rows, found.scores, found.contexts, None, found.notes))
+        text = page_of(tables(found.rows, found.scores, found.contexts, None, found.notes))
         return kept.Made({"page.html": text.encode()}, "")
 
-    shown = [file for folder in folders for file in sorted((folder / "outputs").rglob("*")) if file.is_file()]
-    outputs = [(str(file), file_digest(file)) for file in shown]
+    outputs = [folder_digest(folder / "outputs") for folder in folders]
     given = ["page", found.rows, found.scores, found.contexts, found.notes, outputs, str(Path.cwd())]
     made = kept.made(given, make)
     kept.Made({path.name: made.files["page.html"]}, "").put(path.parent)

@@ -144,13 +144,13 @@ def test_a_page_is_made_again_only_for_other_records_or_outputs(
 ) -> None:
     monkeypatch.setenv("LOWRA_CACHE", str(tmp_path / "pages made before"))
     made: list[int] = []
-    real = page.page
+    real = page.page_of
 
     def counted(records: object) -> str:
         made.append(1)
         return real(records)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(page, "page", counted)
+    monkeypatch.setattr(page, "page_of", counted)
     file = tmp_path / "site" / "report.html"
     assert call(monkeypatch, mine, baselines, "--page", file) == 0
     first = file.read_text()

@@ -5,10 +5,7 @@ Nothing falls back silently: what cannot be had is an error that names the alter
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
@@ -27,7 +24,7 @@ from lowra.checks import Count, Name, OneOf, make, make_as
 from lowra.code import code_digest
 from lowra.digests import remembered
 from lowra.errors import LowraError
-from lowra.packages import BUILDERS, require
+from lowra.packages import BUILDERS, require, versions
 from lowra.paths import conf_dir, register_resolvers
 
 KINDS = ("image_classifier", "causal_lm", "text_to_image")
@@ -203,7 +200,8 @@ class Mini(Recipe):
             builder.check()
             return
         kind = type(builder)
-        known = [kind.__qualname__, code_digest(kind.__module__), _versions(), torch.cuda.device_count()]
+        installed = versions(("torch", *BUILDERS))
+        known = [kind.__qualname__, code_digest(kind.__module__), installed, torch.cuda.device_count()]
         recipe = dataclasses.asdict(builder)  # type: ignore[call-overload]  # builders are dataclasses
         what = json.dumps(["passed its check", *known, recipe], sort_keys=True, default=str)
         remembered(what, [], lambda: builder.check() or "yes")  # type: ignore[func-returns-value]
@@ -303,16 +301,6 @@ class Synthetic:
         subset = make_as(Subset, self.subset, "subset")
         table = make_as(SyntheticTable, {**self.table, "family": family(subset)}, "source.table")
         return Data(table)
-
-
-@functools.cache
-def _versions() -> dict[str, str | None]:
-    """The installed versions of what builds."""
-    found: dict[str, str | None] = dict.fromkeys(("torch", *BUILDERS))
-    for name in found:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # on the path, and unknown to pip
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def family(subset: Subset) -> Family:

@@ -9,8 +9,6 @@ and any number of processes may use it at once.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.metadata
 import io
 import json
 import os
@@ -26,6 +24,7 @@ from lowra import paths
 from lowra.code import digest
 from lowra.errors import LowraError
 from lowra.files import replacing
+from lowra.packages import versions
 
 KEPT = 256  # reports, of some 0.3 MB each; the ones asked for last stay
 
@@ -53,7 +52,7 @@ def made(given: Any, make: Callable[[], Made]) -> Made:
     given: all that decides the report beside lowra's code and the packages it is drawn with, as JSON can hold it.
     Errors of `make` pass and are not kept.
     """
-    name = digest(json.dumps([_CODE, _versions(), given], default=str))
+    name = digest(json.dumps([_CODE, sys.version, versions(_PACKAGES), given], default=str))
     place = paths.cache_dir() / "reports" / f"{name}.zip"
     with contextlib.suppress(Exception):  # missing, cut short, not ours: whatever it is, it is made again
         report = _unpacked(place.read_bytes())
@@ -100,13 +99,3 @@ def _code() -> str:
 
 
 _CODE = _code()  # read before the modules that draw are imported: what is edited later must not count as drawn by it
-
-
-@functools.cache
-def _versions() -> list[str]:
-    """What draws and writes beside lowra."""
-    found = [sys.version]
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package} {importlib.metadata.version(package)}")
-    return found

@@ -20,7 +20,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lowra.errors import LowraError
-from lowra.files import write_text
 from lowra.records import Records
 from lowra.reporting import figures, tables
 from lowra.reporting.escape import clean, html_caption
@@ -37,17 +36,12 @@ PICTURES = 12  # prompts whose pictures are shown
 THUMBNAIL = 192  # pixels: larger pictures are scaled down to it
 
 
-def write_page(records: Records, path: Path) -> Path:
-    """Write the page of some records, of any subsets and sources; returns its path.
+def page_of(records: Records) -> str:
+    """The page of some records, of any subsets and sources.
 
     Texts and pictures are shown where the folders of the records still hold them. Raises LowraError when there are no
-    records or the file cannot be written.
+    records.
     """
-    return write_text(path, page(records))
-
-
-def page(records: Records) -> str:
-    """What `write_page` writes."""
     found = views(records)
     if not found:
         raise LowraError("There are no records to make a page of; run something first: python -m lowra.run --help.")

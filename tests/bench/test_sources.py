@@ -126,7 +126,7 @@ def test_a_miniature_that_passed_its_check_is_not_asked_again(mini: Mini, monkey
         with pytest.raises(LowraError, match="too large"):
             mini.check_recipe(Checked(rank=9))  # type: ignore[arg-type]
     assert len(asked) == 4
-    monkeypatch.setattr(sources, "_versions", lambda: {"torch": "99"})
+    monkeypatch.setattr(sources, "versions", lambda names: {"torch": "99"})
     mini.check_recipe(Checked())  # type: ignore[arg-type]
     monkeypatch.setattr(sources, "code_digest", lambda module: "edited")
     mini.check_recipe(Checked())  # type: ignore[arg-type]

@@ -23,9 +23,8 @@ def decisions(report) -> dict[str, str]:
 
 
 def close(found, expected) -> bool:
-    # Within the rounding of the float32 merges: an ulp of most of them (7e-9 at .1), and one of the few larger weights.
-    ulp = torch.finfo(torch.float32).eps
-    return all(torch.allclose(found[name], expected[name], rtol=ulp, atol=1e-8) for name in expected)
+    # Within the rounding of the float32 merges: an ulp of weights of this size is 4e-9, the closed form averages three.
+    return all(torch.allclose(found[name], expected[name], rtol=0, atol=1e-8) for name in expected)
 
 
 def test_three_models_in_the_base_out(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from lowra.reporting.page import write_page
+from lowra.files import write_text
+from lowra.reporting.page import page_of
 from tests.reporting.test_page import with_outputs
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
@@ -31,7 +32,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     place = tmp_path_factory.mktemp("browser")
-    return write_page(with_outputs(place), place / "report.html").as_uri()
+    return write_text(place / "report.html", page_of(with_outputs(place))).as_uri()
 
 
 @pytest.fixture(params=[(1400, 900), (390, 844)], ids=["wide", "phone"])

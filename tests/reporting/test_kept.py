@@ -52,7 +52,7 @@ def test_edited_code_and_other_packages_make_it_anew(monkeypatch: pytest.MonkeyP
     kept.made("a", making := Making())
     monkeypatch.setattr(kept, "_CODE", "edited")
     kept.made("a", making)
-    monkeypatch.setattr(kept, "_versions", lambda: ["matplotlib 99"])
+    monkeypatch.setattr(kept, "versions", lambda names: {"matplotlib": "99"})
     kept.made("a", making)
     assert making.times == 3
 

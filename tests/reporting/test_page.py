@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from lowra.errors import LowraError
+from lowra.files import write_text
 from lowra.records import Records
 from lowra.reporting.exhibits import EXHIBITS
-from lowra.reporting.page import write_page
+from lowra.reporting.page import page_of
 from tests.reporting import fakes
 
 KEYS = ("subset", "source", "data", "n_loras", "trial", "models", "seed", "variant", "method", "label")
@@ -129,7 +130,7 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     place = tmp_path_factory.mktemp("page")
-    return write_page(with_outputs(place), place / "report.html").read_text(encoding="utf-8")
+    return page_of(with_outputs(place))
 
 
 def test_every_exhibit_is_there(page: str) -> None:
@@ -176,7 +177,7 @@ def test_contradictions_are_measured(page: str) -> None:
 
 
 def test_a_page_of_little_says_what_was_not_measured(tmp_path: Path) -> None:
-    text = write_page(fakes.records(), tmp_path / "report.html").read_text()
+    text = page_of(fakes.records())
     assert "Table 2: ViT, 5 models" in text
     assert "Not measured here: experiment=steps_200" in text
     assert "mini-fig7" not in text
@@ -184,5 +185,5 @@ def test_a_page_of_little_says_what_was_not_measured(tmp_path: Path) -> None:
 
 def test_nothing_is_no_page(tmp_path: Path) -> None:
     with pytest.raises(LowraError, match="no records to make a page of"):
-        write_page(fakes.records([], score=None), tmp_path / "report.html")
+        write_text(tmp_path / "report.html", page_of(fakes.records([], score=None)))
     assert not list(tmp_path.iterdir())

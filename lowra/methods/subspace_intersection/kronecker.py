@@ -16,7 +16,7 @@ from torch import Tensor
 from lowra.methods.subspace_intersection.answer import Answer, Estimate
 from lowra.methods.subspace_intersection.noise import Noise, joined
 from lowra.methods.subspace_intersection.problem import Problem
-from lowra.methods.subspace_intersection.ranges import MARGINS, OVERSAMPLING, PIVOT
+from lowra.methods.subspace_intersection.ranges import MARGINS, OVERSAMPLING, PIVOT, pivots
 
 # Rows and columns of the rearranged difference on which its rank is looked at, for every shape. A shape is believed
 # where at least two thirds of these directions are noise.
@@ -85,15 +85,11 @@ def block_shape(first: Tensor, second: Tensor, noise: Noise) -> tuple[int, int] 
     looks = second.flatten()[flat].double() - first.flatten()[flat].double()
     # A part of each tells most of them to be full, for a fraction of the time.
     every = LOOK // GLANCE
-    left = (~full(looks[:, ::every, ::every], noise)).nonzero().flatten().tolist()
+    full = (pivots(looks[:, ::every, ::every]) > PIVOT * noise.std).all(1)
+    left = (~full).nonzero().flatten().tolist()
     ranks = ranks_of(looks[left], noise).tolist()
     rank, best = min(zip(ranks, left, strict=True), default=(0, 0))
     return shapes[best] if 0 < rank <= LOOK // 3 else None
-
-
-def full(looks: Tensor, noise: Noise) -> Tensor:
-    """Whether all pivots of each (shapes, a, a) are far above the noise, (shapes,)."""
-    return (torch.linalg.lu_factor_ex(looks).LU.diagonal(dim1=1, dim2=2).abs() > PIVOT * noise.std).all(1)
 
 
 def ranks_of(looks: Tensor, noise: Noise) -> Tensor:

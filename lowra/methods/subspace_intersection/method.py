@@ -194,14 +194,15 @@ class SubspaceIntersection:
         # A coarse grid settles the weights of float32 merges; nothing is left to refine.
         refine = wanted and any(ranks) and not (grid.coarse and not half)
         refine = refine and not answer.scaled and answer.blocks is None
+        excess: list[float] = []
         if refine:
             used = problem.subset([i for i, label in enumerate(problem.labels) if label not in answer.outliers])
-            excess = [0.0] * len(used.labels) if half else beyond_rounding(answer.noise, used)
+            excess = [] if half else beyond_rounding(answer.noise, used)
             weight = refined(used, estimate.dense(torch.float64), ranks, excess)
-            refine = not any(excess)  # what weighing gains of loud merges is not foreseen
             estimate = Estimate.of(weight)
         weight = grid.rounded(estimate)
-        return weight, replace(answer, grid=grid.name), expected(answer, problem, grid, weight, refined=refine)
+        foreseen = refine and not any(excess)  # what weighing gains of loud merges is not
+        return weight, replace(answer, grid=grid.name), expected(answer, problem, grid, weight, refined=foreseen)
 
 
 def beyond_rounding(found: tuple[float, ...], problem: Problem) -> list[float]:

@@ -192,10 +192,15 @@ def row_space_within(difference: Difference, noise: Noise, span: Tensor) -> RowS
 def full_block(difference: Difference, noise: Noise, side: int) -> bool:
     """Whether a block of a difference, of so many rows and columns, is of full rank, far above the noise."""
     d, k = difference.shape
-    rows, columns = (torch.linspace(0, size - 1, min(side, d, k)).long() for size in (d, k))
-    block = (difference.first[rows][:, columns]).double() - difference.second[rows][:, columns]
-    pivots = torch.linalg.lu_factor_ex(block).LU.diagonal().abs()
-    return float(pivots[-len(pivots) // 4 :].median()) > PIVOT * noise.std
+    rows, columns = (sampled_rows(size, 1, difference.first.device, min(side, d, k)) for size in (d, k))
+    block = difference.first[rows][:, columns].double() - difference.second[rows][:, columns]
+    last = pivots(block)[-len(block) // 4 :]
+    return float(last.median()) > PIVOT * noise.std
+
+
+def pivots(blocks: Tensor) -> Tensor:
+    """The sizes of the pivots of square matrices (..., a, a), which tell a full rank in a fraction of an SVD's time."""
+    return torch.linalg.lu_factor_ex(blocks).LU.diagonal(dim1=-2, dim2=-1).abs()  # (..., a)
 
 
 def projected(difference: Difference, columns: int, generator: torch.Generator) -> Tensor:

@@ -159,8 +159,10 @@ def weighted_refinement(
     the variance of what noise all its entries have alike beyond that rounding; none by default. A step that does not
     lower the objective is not taken.
     """
-    beyond = torch.tensor(excess or [0.0] * len(stack), dtype=torch.float64, device=stack.device)[:, None, None]
-    precision = 1 / ulp(stack, storage).double().square_().add_(12 * beyond)  # (n, d, k)
+    squares = ulp(stack, storage).double().square_()  # (n, d, k)
+    if any(excess):
+        squares += 12 * squares.new_tensor(excess)[:, None, None]
+    precision = 1 / squares
     precision /= precision.median()
     precision.clamp_(max=CLIP)
     fit = Fit(stack, precision, precision.sum(0))

@@ -239,9 +239,9 @@ class _Pair:
     def grown(self, generator: torch.Generator) -> _Fit:
         """The fit of the smallest rank that explains the difference; that of the largest tried if none does.
 
-        Multiplied from a few on until it does, then narrowed down. A rank some directions
-        too large explains it as well, by ratios that are wrong in as many rows. Where more directions leave as much,
-        and that may be noise of float32 sums, no more are tried: the fit of fewer is handed back.
+        Multiplied from a few on until it does, then narrowed down. A rank some directions too large explains it as
+        well, by ratios that are wrong in as many rows. Where more directions leave as much, and that may be noise of
+        float32 sums, no more are tried: the fit of fewer is handed back.
         """
         d, m = self.x.shape
         ratio, below, rank = self.plain(), 0, LOWEST
@@ -258,7 +258,8 @@ class _Pair:
             below, rank = rank, GROWTH * rank
         else:
             return fit
-        # The largest gap, of which one may be above the rank tried, is the rank; the rank below it confirms it.
+        # The largest gap, of which one may be above the rank tried, is the rank. One less has to fail where it is not
+        # clear.
         values = fit.values[below : rank + 1]
         gap = below + 1 + int((values[:-1] / values[1:].clamp_min(TINY)).argmax()) if len(values) > 1 else rank
         clear = bool(values[gap - below - 1] > CLEAR * values[gap - below]) if len(values) > 1 else False

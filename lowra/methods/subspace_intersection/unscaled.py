@@ -318,10 +318,9 @@ def grid_factors(
         """How near to the grid a number on it is found, float32, and which numbers that tells something of."""
         spacing = ulp(numbers, storage)
         within = (spacing * (NEAR / math.sqrt(12))).clamp_(min=NEAR * error)
-        coarse = torch.finfo(dtype)
-        return within, spacing.mul_(coarse.eps / torch.finfo(storage).eps).clamp_(min=coarse.tiny * coarse.eps) > (
-            within * (2 / CHANCE)
-        )
+        fine, coarse = torch.finfo(storage), torch.finfo(dtype)
+        steps = spacing.mul_(coarse.eps / fine.eps).clamp_(min=coarse.tiny * coarse.eps)
+        return within, steps > within * (2 / CHANCE)
 
     seen = rows[:, :: max(1, rows.shape[1] // LOOKED)]
     within, telling = tolerances(seen)
@@ -362,7 +361,7 @@ def aligned(factors: Tensor, entries: Tensor, near: Tensor, dtype: torch.dtype, 
 def off(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     """How far numbers are from the grid of a format, float32."""
     numbers = numbers.float()
-    return numbers.sub_(numbers.to(dtype)).abs_()
+    return (numbers - numbers.to(dtype)).abs_()
 
 
 def rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
