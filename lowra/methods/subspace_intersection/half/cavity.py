@@ -28,8 +28,8 @@ ROUGH = 1.6
 # W counts as known for the updates' sites where its variance is below this share of a cell's square width.
 KNOWN = 0.03
 
-# The updates' deviation is taken to be at least this share of a cell.
-SHARPEST = 0.01
+# The updates' deviation is taken to be at least this share of a cell; and in fine sweeps.
+SHARPEST, SHARPEST_FINE = 0.01, 0.003
 
 # Least precision of a site, over that of its cell as a normal error.
 FAINTEST = 0.02
@@ -40,8 +40,9 @@ CEILING = 12
 # A site lies within so many half cells of the centre of its cell; the peak of the likelihood lies within one.
 FURTHEST = 4.0
 
-# Largest weight of a site for W, over the precision of the median cell.
-FIRM = 1e3
+# Largest weight of a site for W, over the precision of the median cell; and in fine sweeps, where the updates are known
+# to less than the deviation of .02 half cells that this leaves.
+FIRM, FIRM_FINE = 1e3, 1e4
 
 # Factors of the updates' variances that held-out cells may ask for.
 LEAST_FACTOR, MOST_FACTOR = 1.0, 64.0
@@ -113,8 +114,8 @@ def _stands_out(total: Tensor, count: Tensor) -> Tensor:
 class Sweep:
     """A pass over a layer. misfit: chi of each model. variance_factor: of the updates' variance while decoding.
 
-    limit: largest precision of the sites made where W is not known. lines: where to count how far from the grid rows
-    and columns are, None counts nothing.
+    limit: largest precision of the sites made where W is not known. fine: hold the sites of what is known to it more
+    firmly. lines: where to count how far from the grid rows and columns are, None counts nothing.
     """
 
     cells: Cells
@@ -124,6 +125,7 @@ class Sweep:
     misfit: tuple[float, ...]
     limit: float
     variance_factor: float = 1.0
+    fine: bool = False
     lines: Lines | None = None
 
     def run(self, *, keep: bool = True, last: bool = False) -> Decoded:
@@ -194,7 +196,7 @@ class Sweep:
                 found.weight[rows] = what / cells.scale
             return what, torch.full_like(what, math.inf), torch.zeros_like(what), what
         near, clear = settled(grid, target, half, variance.sqrt())
-        limit = FIRM * MEDIAN
+        limit = (FIRM_FINE if self.fine else FIRM) * MEDIAN
         var, site_weight = torch.zeros_like(near), torch.full_like(near, limit)
         open_ = (~clear).flatten().nonzero().squeeze(1)
         share = None
@@ -248,7 +250,7 @@ class Sweep:
         if extra is not None:
             spread.add_(extra)
         usable = (known < 4 * KNOWN * square).logical_and_(spread < 2 * square)
-        spread = torch.maximum(spread, square * (4 * SHARPEST**2))
+        spread = torch.maximum(spread, square * (4 * (SHARPEST_FINE if self.fine else SHARPEST) ** 2))
         deviation = spread.sqrt()
         base = update + mean
         score, curvature = score_and_curvature((centre - base).div_(deviation), half / deviation)

@@ -63,8 +63,8 @@ GROWING = 4
 # Clips of the rounds where the updates are faintest, of those that finish what a part began, and of those where it has
 # seen all directions.
 AT_ONCE = (1000.0,)
-FINISH = (30.0, 300.0, 1000.0)
-FINISH_CLEAR = (100.0, 1000.0)
+FINISH = (30.0, 300.0, 3000.0)
+FINISH_CLEAR = (100.0, 3000.0)
 
 # Relevance of the faintest direction found from which a part has seen all: of a spectrum that falls off gently the next
 # would have been seen too, and one beyond a gap is worth no more than the noise in two others. Not of faint updates:

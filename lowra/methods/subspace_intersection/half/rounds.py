@@ -24,7 +24,12 @@ from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites,
 
 # Largest precision of a site, over that of the median cell, round by round; the last holds from there on. A low one
 # makes the fit well conditioned while the start is poor.
-FROM_NEARBY = (30.0, 100.0, 300.0, 1000.0)
+FROM_NEARBY = (30.0, 100.0, 300.0, 1000.0, 3000.0)
+
+# Clips above this are for fine rounds: a tenth of the weights that are still wrong come right in these, but only where
+# few are, and not where the updates hide in the rounding, which shows in the misfit: not all directions of theirs are
+# found then, and what is decoded is firm enough as it is.
+COARSE, FEW_OPEN, BURIED = 1000.0, 0.985, 0.6
 
 # Steps of a poor start before the first round. More did not lower the misfit where ranks were over-estimated.
 APPROACH = 6
@@ -38,9 +43,9 @@ STILL = 1e-3
 # Rounds at most.
 MOST = 16
 
-# Directions are pruned once the clip is at least this share of the last one: below it, small weights cannot yet speak
-# for the directions that only they see.
-PRUNE_FROM = 0.25
+# Directions are pruned from this clip on: below it, small weights cannot yet speak for the directions that only they
+# see.
+PRUNE_FROM = 250.0
 
 # Nats by which the held-out cells must prefer an earlier round to a later one.
 SLACK = 0.01
@@ -92,7 +97,8 @@ def converge(
 
     calm_rounds: how many rounds in running that move next to nothing end it.
 
-    The clip of round t is `clips[t]`, and the last one from there on; no run ends before that.
+    The clip of round t is `clips[t]`, and the last one from there on, but for fine ones as `FEW_OPEN` says; no run ends
+    while it rises.
     """
     torch.set_flush_denormal(True)
     limits = [clip * MEDIAN for clip in clips]
@@ -102,19 +108,22 @@ def converge(
     variances: Variances | None = None
     trace: list[tuple[float, float, float]] = []
     best: Run | None = None
-    still, loosened = 0, 2.0
+    still, loosened, limit = 0, 2.0, limits[0]
     for t in range(most):
-        limit, following = limits[min(t, len(limits) - 1)], limits[min(t + 1, len(limits) - 1)]
+        following = limits[min(t + 1, len(limits) - 1)]
         variances = effective_variances(sites, factors.ranks, variances)
         change = Quadratic(cells, sites, factors).step(down, variances, ITERATIONS, tolerance)
         factors, misfit = searched(cells, sites, factors, change, limit if good else math.inf)
         factors = factors.balanced()
-        if t >= 1 and limit >= PRUNE_FROM * limits[-1]:
+        if t >= 1 and limit >= PRUNE_FROM * MEDIAN:
             before = factors.ranks
             factors = pruned(factors, variances)
             ratio = variances.by_row.new_tensor([now / then for now, then in zip(factors.ranks, before, strict=True)])
             variances = Variances(variances.by_row * ratio[:, None], variances.by_column * ratio[:, None])
-        decoded = Sweep(cells, sites, factors, variances, misfit, following, loosened).run(last=t == most - 1)
+        if not (trace and trace[-1][0] >= FEW_OPEN and min(misfit) >= BURIED):
+            following = min(following, COARSE * MEDIAN)
+        fine = following > COARSE * MEDIAN
+        decoded = Sweep(cells, sites, factors, variances, misfit, following, loosened, fine).run(last=t == most - 1)
         loosened = decoded.evidence.factors[decoded.evidence.best]
         trace.append((decoded.predicted, max(misfit), decoded.evidence.likelihood))
         if t:
@@ -124,8 +133,9 @@ def converge(
         if best is None or decoded.evidence.likelihood > best.likelihood - SLACK:
             edge = min(float(relevance.min()) for relevance in relevances(factors, variances))
             best = Run(factors, misfit, decoded, t + 1, still >= calm_rounds, edge, variances, sites)
-        if still >= calm_rounds and t >= len(limits) - 1:
+        if still >= calm_rounds and following <= limit:
             break
+        limit = following
         if decoded.slope is not None:
             down, decoded.slope = decoded.slope, None
     assert best is not None
