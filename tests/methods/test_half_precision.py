@@ -13,13 +13,14 @@ from lowra.methods.base import Observation, Recovery
 from lowra.methods.subspace_intersection import SubspaceIntersection
 from lowra.methods.subspace_intersection.half import fit, formats, levels
 from lowra.methods.subspace_intersection.half.boxes import log_probability, score_and_curvature
-from lowra.methods.subspace_intersection.half.cavity import Lines
 from lowra.methods.subspace_intersection.half.cells import Grid, format_of, grid_of
+from lowra.methods.subspace_intersection.half.doubt import SURE, SecondLook
 from lowra.methods.subspace_intersection.half.fit import Factors, Quadratic, effective_variances, qr_of, slope
 from lowra.methods.subspace_intersection.half.held_out import Evidence, Question, predicted
 from lowra.methods.subspace_intersection.half.lattice import around, decode, settled
+from lowra.methods.subspace_intersection.half.parts import in_parts, threads
 from lowra.methods.subspace_intersection.half.recovery import AT_ONCE, Recoverer
-from lowra.methods.subspace_intersection.half.rounds import FROM_NEARBY, approached, converge
+from lowra.methods.subspace_intersection.half.rounds import BURIED, FROM_NEARBY, approached, converge
 from lowra.methods.subspace_intersection.half.signal import update_sizes
 from lowra.methods.subspace_intersection.half.sites import Cells, Sites, hold_out, plain_sites, unit
 from lowra.methods.subspace_intersection.half.start import factored, vote
@@ -227,7 +228,7 @@ def test_what_held_out_numbers_are_expected_to_say() -> None:
     assert torch.allclose(alone, found)
     assert float((found - expected)[0].mean()) == pytest.approx(0, abs=0.03)
     assert float((found - expected)[1].mean()) > 0.1  # said to be less sure than they are
-    evidence = Evidence((1.0, 4.0), grid, [question])
+    evidence = Evidence((1.0, 4.0), grid, question)
     assert evidence.best == 0
     assert evidence.likelihood == pytest.approx(float(found[0].mean()), rel=1e-4)
     assert evidence.deviation == evidence.calibrated_deviation == pytest.approx(0, abs=0.03)
@@ -425,19 +426,88 @@ def test_a_column_off_the_grid_stands_out() -> None:
     miss = 0.1 * torch.randn(200, 150, generator=generator)
     miss[:, 7] += 0.2
     miss[50] *= 2
-    lines = Lines.of(torch.zeros(3, 200, 150))
-    for rows in (slice(0, 120), slice(120, 200)):
+    second = SecondLook.at(torch.zeros(200, 150), torch.ones(200, 150, dtype=torch.float16))
+    first, other = second.part(), second.part()
+    for look, rows in ((first, slice(0, 120)), (other, slice(120, 200))):
         part = miss[rows].clone()
-        lines.add(rows, part, torch.full_like(part, 0.01), torch.ones_like(part))
-    doubtful = lines.doubtful()
+        look.count(rows, part, torch.full_like(part, 0.01), torch.ones_like(part))
+        second.by_column.add_(look.by_column)
+    second.finish()
+    doubtful = second.chance < SURE
     assert bool(doubtful[:, 7].all())
     assert bool(doubtful[50].all())
     assert float(doubtful.double().mean()) < 0.03
 
 
+def test_a_second_look_doubts_what_it_finds_otherwise_or_is_not_sure_of() -> None:
+    weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    second = SecondLook.at(weight, torch.tensor([[1.0, 1.0, 1.0], [0.5, 1.0, 1.0]], dtype=torch.float16))
+    found, chance = torch.tensor([[4.0, 5.5, 6.0]]), torch.tensor([[1.0, 1.0, 0.9]], dtype=torch.float16)
+    second.compare(slice(1, 2), found, chance)
+    assert (second.chance >= SURE).tolist() == [[True, True, True], [False, False, False]]
+    assert float(second.chance[1, 0]) == 0.5  # of what was not sure nothing is changed
+
+
 def test_the_vote_is_what_most_models_store() -> None:
     stack = torch.tensor([[[1.0, 5.0, 1.0]], [[2.0, 5.0, 2.0]], [[2.0, 4.0, 4.0]], [[3.0, 5.0, 8.0]]])
     assert vote(stack).tolist() == [[2.0, 5.0, 3.0]]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_rounds_are_the_same_on_any_number_of_threads(inference: bool) -> None:
+    """Bit for bit: blocks are summed in the same parts. In inference mode too, which belongs to threads."""
+    layer = Layer((400, 300), (6, 6, 6), mu=1.0)
+    cells = layer.cells(held=True)
+    assert len(list(cells.blocks())) > 1
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            start = factored(layer.merged * cells.scale, layer.base * cells.scale, [6] * 3, torch.Generator())
+            start = Factors(tuple(f + 0.05 * f.flip(0) for f in start.left), start.right)
+            with torch.inference_mode(inference), threads(torch.device("cpu")):
+                assert torch.get_num_threads() == 1
+                found.append(converge(cells, start, FROM_NEARBY, most=4))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    one, three = (run.decoded for run in found)
+    assert one.predicted == three.predicted > 0.9
+    assert one.weight is not None
+    assert three.weight is not None
+    assert torch.equal(one.weight, three.weight)
+    assert found[0].likelihood == found[1].likelihood
+    assert all(torch.equal(*pair) for pair in zip(found[0].factors.right, found[1].factors.right, strict=True))
+
+
+def test_what_fails_in_a_thread_is_told_and_threads_are_given_back() -> None:
+    def fail(blocks: list[slice]) -> None:
+        if blocks[0].start > 0:
+            raise ArithmeticError("third part")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ArithmeticError, match="third part"), threads(torch.device("cpu")):
+            in_parts(fail, [slice(i, i + 1) for i in range(20)])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("ranks", "norms", "fine"), [((2, 2, 2), (1.0,), True), ((2, 2, 2), (1.0, 0.02, 0.02), False)])
+def test_fine_rounds_are_for_layers_where_few_weights_are_open(
+    ranks: tuple[int, ...], norms: tuple[float, ...], fine: bool
+) -> None:
+    """Not where updates hide in the rounding: the coarse rounds are the last ones there, and the answer is theirs."""
+    layer = Layer((160, 160), ranks, mu=1.0, norms=norms)
+    cells = layer.cells(held=True)
+    start = factored(layer.merged * cells.scale, layer.base * cells.scale, list(ranks), torch.Generator())
+    coarse, all_ = (converge(cells, start, clips) for clips in (FROM_NEARBY[:-1], FROM_NEARBY))
+    assert (all_.decoded.predicted > coarse.decoded.predicted) == fine
+    if not fine:
+        assert all_.decoded.predicted == coarse.decoded.predicted
+        assert min(all_.misfit) < BURIED
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

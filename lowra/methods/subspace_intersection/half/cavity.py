@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.half.boxes import score_and_curvature
-from lowra.methods.subspace_intersection.half.fit import Factors, Variances, force, pull, ridge
-from lowra.methods.subspace_intersection.half.held_out import Evidence, evidence
+from lowra.methods.subspace_intersection.half.doubt import SURE, SecondLook
+from lowra.methods.subspace_intersection.half.fit import Factors, Variances, force, pull, ridge, summed
+from lowra.methods.subspace_intersection.half.held_out import Evidence, Question
 from lowra.methods.subspace_intersection.half.lattice import REACH, Site, decode, settled
+from lowra.methods.subspace_intersection.half.parts import in_parts
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites
 
 # A misfit up to this is chance.
@@ -47,15 +49,6 @@ FIRM, FIRM_FINE = 1e3, 1e4
 # Factors of the updates' variances that held-out cells may ask for.
 LEAST_FACTOR, MOST_FACTOR = 1.0, 64.0
 
-# Deviation of the estimate, in spacings of the grid, up to which a distance from the grid tells something.
-TELLING = 0.25
-
-# Standard deviations by which a row or column further off the grid than others stands out.
-OUTSTANDING = 3.0
-
-# Probability from which a weight is called sure.
-SURE = 0.999
-
 
 @dataclass
 class Decoded:
@@ -77,45 +70,11 @@ class Decoded:
 
 
 @dataclass(frozen=True)
-class Lines:
-    """How far rows and columns are from the grid: sums of chi and counts, (2, d) and (2, k)."""
-
-    by_row: Tensor
-    by_column: Tensor
-
-    @classmethod
-    def of(cls, stack: Tensor) -> Lines:
-        """None seen yet, for a stack (n, d, k)."""
-        _, d, k = stack.shape
-        return cls(stack.new_zeros(2, d), stack.new_zeros(2, k))
-
-    def add(self, rows: slice, miss: Tensor, spread: Tensor, step: Tensor) -> None:
-        """Take in the distance of some rows (rows, k) from the numbers chosen, its variance, and the spacing there."""
-        telling = spread < (TELLING * step).square_()
-        chi = miss.square_().div_(spread).mul_(telling)
-        for i, values in enumerate((chi, telling)):
-            self.by_row[i, rows] = values.sum(1, dtype=miss.dtype)
-            self.by_column[i] += values.sum(0, dtype=miss.dtype)
-
-    def doubtful(self) -> Tensor:
-        """The entries (d, k) of rows and columns that are further off than others by more than chance."""
-        rows, columns = (_stands_out(*sums) for sums in (self.by_row, self.by_column))
-        return rows[:, None] | columns
-
-
-def _stands_out(total: Tensor, count: Tensor) -> Tensor:
-    mean = total / count.clamp_min(1)
-    middle = mean.median()
-    scatter = 1.4826 * (mean - middle).abs().median()  # the standard deviation, if they are normal
-    return mean > middle + OUTSTANDING * scatter
-
-
-@dataclass(frozen=True)
 class Sweep:
     """A pass over a layer. misfit: chi of each model. variance_factor: of the updates' variance while decoding.
 
     limit: largest precision of the sites made where W is not known. fine: hold the sites of what is known to it more
-    firmly. lines: where to count how far from the grid rows and columns are, None counts nothing.
+    firmly. second: what this sweep is a second look at.
     """
 
     cells: Cells
@@ -126,23 +85,36 @@ class Sweep:
     limit: float
     variance_factor: float = 1.0
     fine: bool = False
-    lines: Lines | None = None
+    second: SecondLook | None = None
 
     def run(self, *, keep: bool = True, last: bool = False) -> Decoded:
         """Decode, and renew the sites in place. keep: hand back the weights. last: leave the sites as they are."""
         _, d, k = self.cells.stack.shape
-        found = Decoded(evidence=Evidence(self._tried(), self.cells.base))
+        found = Decoded()
+        question = None if self.cells.held is None else Question.of(self.cells)
         if keep:
             found.weight = self.cells.stack.new_empty(d, k, dtype=self.cells.kept)
             found.chance = self.cells.stack.new_empty(d, k, dtype=torch.float16)
         by_left = [torch.zeros_like(left) for left in self.factors.left]
-        by_right = [torch.zeros_like(right) for right in self.factors.right]
-        for rows in self.cells.blocks():
-            self._block(rows, found, by_left, by_right, last)
-        found.predicted /= d * k
-        found.sure /= d * k
-        found.square_error /= d * k
+
+        def part(blocks: list[slice]) -> tuple[Decoded, list[Tensor], SecondLook | None]:
+            own = Decoded(weight=found.weight, chance=found.chance)
+            by_right = [torch.zeros_like(right) for right in self.factors.right]
+            second = None if self.second is None else self.second.part()
+            for rows in blocks:
+                self._block(rows, own, question, second, by_left, by_right, last)
+            return own, by_right, second
+
+        parts = in_parts(part, self.cells.blocks())
+        for own, _, second in parts:
+            found.predicted += own.predicted / (d * k)
+            found.sure += own.sure / (d * k)
+            found.square_error += own.square_error / (d * k)
+            if second is not None and self.second is not None:
+                self.second.by_column.add_(second.by_column)
+        found.evidence = Evidence(self._tried(), self.cells.base, question)
         if not last:
+            by_right = summed([sums for _, sums, _ in parts])
             ridge(self.factors.sizes(), self.factors, by_left, by_right, -1.0)
             found.slope = Factors(tuple(by_left), tuple(by_right))
         return found
@@ -152,7 +124,16 @@ class Sweep:
         here = self.variance_factor
         return (here, *(other for other in (here / 2, here * 2) if LEAST_FACTOR <= other <= MOST_FACTOR), 1.0)
 
-    def _block(self, rows: slice, found: Decoded, by_left: list[Tensor], by_right: list[Tensor], last: bool) -> None:
+    def _block(
+        self,
+        rows: slice,
+        found: Decoded,
+        question: Question | None,
+        second: SecondLook | None,
+        by_left: list[Tensor],
+        by_right: list[Tensor],
+        last: bool,
+    ) -> None:
         cells, sites = self.cells, self.sites
         centre, half = cells.read(rows)  # (n, rows, k)
         precision, total = sites.read(rows)
@@ -171,9 +152,9 @@ class Sweep:
         bound = variance.sqrt().mul_(REACH).add_(half)
         target = torch.minimum(shift, bound, out=shift).maximum(bound.neg_()).add_(centre).sub_(update)  # of W
         own = precision.div_(total).neg_().add_(1).mul_(sites.precision[:, rows])
-        if cells.held is not None:
-            evidence(cells, rows, target, half, loose, added, found.evidence)
-        mean, known, site_weight, site_centre = self._decode(rows, target, half, variance, found)
+        if cells.held is not None and question is not None:
+            question.put(cells.held, rows, target, half, loose, added)
+        mean, known, site_weight, site_centre = self._decode(rows, target, half, variance, found, second)
         if last:
             return
         self._renew(rows, centre, half, update, variance, own, mean, known, extra)
@@ -182,7 +163,13 @@ class Sweep:
         pull(force(sites, rows, centre, half, update), rows, self.factors, by_left, by_right)
 
     def _decode(
-        self, rows: slice, target: Tensor, half: Tensor, variance: Tensor, found: Decoded
+        self,
+        rows: slice,
+        target: Tensor,
+        half: Tensor,
+        variance: Tensor,
+        found: Decoded,
+        second: SecondLook | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Posterior mean of W, its variance, and its site: weight, centre; all (rows, k)."""
         cells = self.cells
@@ -195,6 +182,7 @@ class Sweep:
             if found.weight is not None:
                 found.weight[rows] = what / cells.scale
             return what, torch.full_like(what, math.inf), torch.zeros_like(what), what
+        kept = found.weight is not None or second is not None
         near, clear = settled(grid, target, half, variance.sqrt())
         limit = (FIRM_FINE if self.fine else FIRM) * MEDIAN
         var, site_weight = torch.zeros_like(near), torch.full_like(near, limit)
@@ -214,21 +202,26 @@ class Sweep:
                 out.view(-1).index_copy_(0, open_, values)
             share = part.share
             found.square_error += float(part.variance.addcmul(miss := part.mean - part.best, miss).sum())
-            if found.weight is not None:
+            if kept:
                 best = near.view(-1).index_copy(0, open_, part.best).view(shape)
-        if self.lines is not None:
+        if second is not None:
             precision = half.square().div_(3).add_(variance).reciprocal_()
             spread = precision.sum(0).reciprocal_()
             miss = precision.mul_(target).sum(0).mul_(spread).sub_(best)
-            self.lines.add(rows, miss, spread, grid.spacing(best))
+            second.count(rows, miss, spread, grid.spacing(best))
         decided = near.numel() - len(open_)
         found.predicted += decided + (float(share.sum()) if share is not None else 0.0)
         found.sure += decided + (int((share > SURE).sum()) if share is not None else 0)
-        if found.weight is not None and found.chance is not None:
-            found.weight[rows] = best / cells.scale
-            found.chance[rows] = 1
+        if kept:
+            number = (best / cells.scale).to(cells.kept)
+            chance = torch.ones_like(best, dtype=torch.float16)
             if share is not None:
-                found.chance[rows].view(-1).index_copy_(0, open_, share.to(torch.float16))
+                chance.view(-1).index_copy_(0, open_, share.to(torch.float16))
+            if found.weight is not None and found.chance is not None:
+                found.weight[rows] = number
+                found.chance[rows] = chance
+            if second is not None:
+                second.compare(rows, number, chance)
         return mean, var, site_weight, site_centre
 
     def _renew(

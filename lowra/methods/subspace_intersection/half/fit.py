@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lowra.methods.subspace_intersection.half.parts import in_parts, spans
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, NARROWEST, Cells, Sites
 
 # A direction j of model i is kept while S_ij^2 theta_i / (d + k) exceeds this: half the smallest size at which the
@@ -128,49 +129,35 @@ def effective_variances(sites: Sites, ranks: Sequence[int], before: Variances | 
     """
     n, d, k = sites.precision.shape
     rank = max(ranks)
-    across, down = (max(1, size // max(256, 8 * rank)) for size in (k, d))
-    step = max(1, 2**18 // (n * (k // across)))
-    rows = torch.cat(
-        [
-            solved(
-                sites,
-                (slice(s, s + step), slice(None, None, across)),
-                ranks,
-                2,
-                None if before is None else before.by_row[:, s : s + step],
-                k,
-            )
-            for s in range(0, d, step)
-        ],
-        1,
-    )
-    step = max(1, 2**18 // (n * (d // down)))
-    columns = torch.cat(
-        [
-            solved(
-                sites,
-                (slice(None, None, down), slice(s, s + step)),
-                ranks,
-                1,
-                None if before is None else before.by_column[:, s : s + step],
-                d,
-            )
-            for s in range(0, k, step)
-        ],
-        1,
-    )
-    return Variances(rows, columns)
+    across, down = (slice(None, None, max(1, size // max(256, 8 * rank))) for size in (k, d))
+    by_row, by_column = (None, None) if before is None else (before.by_row, before.by_column)
+
+    def rows(blocks: list[slice]) -> list[Tensor]:
+        return [solved(sites, (part, across), ranks, 2, by_row, k) for part in blocks]
+
+    def columns(blocks: list[slice]) -> list[Tensor]:
+        return [solved(sites, (down, part), ranks, 1, by_column, d) for part in blocks]
+
+    found = []
+    for work, size, step in ((rows, d, across.step), (columns, k, down.step)):
+        entries = 2**18 * size * step // (n * d * k)  # lines whose sampled entries fill a cache
+        blocks = list(spans(size, max(1, entries)))
+        found.append(torch.cat([part for parts in in_parts(work, blocks) for part in parts], 1))
+    return Variances(*found)
 
 
 def solved(
     sites: Sites, part: tuple[slice, slice], ranks: Sequence[int], along: int, start: Tensor | None, size: int
 ) -> Tensor:
-    """The variances (n, lines) of some lines, `along` the dimension that is summed, `size` its whole length."""
+    """The variances (n, lines) of some lines, `along` the dimension that is summed, `size` its whole length.
+
+    start: those of all lines in the round before.
+    """
     precision = sites.precision[(slice(None), *part)].float()
     total = precision.sum(0).add_(sites.weight[part])
     own = precision.mul_(1 - precision / total).clamp_(min=1e-12)  # (n, rows, columns)
     target = own.new_tensor(ranks)[:, None] * (own.shape[along] / size)  # (n, 1)
-    variance = target / own.sum(along) if start is None else start
+    variance = target / own.sum(along) if start is None else start[:, part[2 - along]]
     for _ in range(COLD if start is None else WARM):
         rest = torch.mul(own, variance.unsqueeze(along)).add_(1).reciprocal_()  # 1 less the leverage
         left = rest.sum(along)
@@ -207,15 +194,20 @@ class Quadratic:
         rights = [self._joined(a, b, first=False).to(dtype) for a, b in zip(here.right, change.right, strict=True)]
         factors = Factors(here.left, tuple(part.to(dtype) for part in here.right))
         by_left = [torch.zeros_like(left) for left in here.left]
-        by_right = [torch.zeros_like(right) for right in here.right]
-        for rows in self.cells.blocks(PRODUCT_BLOCK):
-            precision, total = self.sites.read(rows)
-            images = torch.empty_like(precision, dtype=dtype)
-            for out, left, right in zip(images, lefts, rights, strict=True):
-                torch.mm(left[rows], right.mT, out=out)
-            tangent = images.float()
-            mean = (precision * tangent).sum(0).div_(total)
-            pull(tangent.sub_(mean).mul_(precision), rows, factors, by_left, by_right, self.only)
+
+        def part(blocks: list[slice]) -> list[Tensor]:
+            by_right = [torch.zeros_like(right) for right in here.right]
+            for rows in blocks:
+                precision, total = self.sites.read(rows)
+                images = torch.empty_like(precision, dtype=dtype)
+                for out, left, right in zip(images, lefts, rights, strict=True):
+                    torch.mm(left[rows], right.mT, out=out)
+                tangent = images.float()
+                mean = (precision * tangent).sum(0).div_(total)
+                pull(tangent.sub_(mean).mul_(precision), rows, factors, by_left, by_right, self.only)
+            return by_right
+
+        by_right = summed(in_parts(part, self.cells.blocks(PRODUCT_BLOCK)))
         ridge(self.sizes or here.sizes(), change, by_left, by_right, 1.0)
         return self._masked(by_left, by_right)
 
@@ -291,6 +283,15 @@ def pull(
             total.addmm_(f.mT, left[rows])
 
 
+def summed(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The sums over parts of each of their tensors, in those of the first."""
+    first, *others = parts
+    for other in others:
+        for total, value in zip(first, other, strict=True):
+            total.add_(value)
+    return list(first)
+
+
 @lru_cache
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 matrices faster than float32 ones."""
@@ -310,11 +311,16 @@ def ridge(sizes: list[Tensor], factors: Factors, by_left: list[Tensor], by_right
 def slope(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor] | None = None) -> Factors:
     """Minus half the gradient of F in the factors. sizes: S_i, of balanced factors by default."""
     by_left = [torch.zeros_like(left) for left in factors.left]
-    by_right = [torch.zeros_like(right) for right in factors.right]
-    for rows in cells.blocks():
-        centre, half = cells.read(rows)
-        update = factors.updates(rows, torch.empty_like(centre))
-        pull(force(sites, rows, centre, half, update), rows, factors, by_left, by_right)
+
+    def part(blocks: list[slice]) -> list[Tensor]:
+        by_right = [torch.zeros_like(right) for right in factors.right]
+        for rows in blocks:
+            centre, half = cells.read(rows)
+            update = factors.updates(rows, torch.empty_like(centre))
+            pull(force(sites, rows, centre, half, update), rows, factors, by_left, by_right)
+        return by_right
+
+    by_right = summed(in_parts(part, cells.blocks()))
     ridge(sizes or factors.sizes(), factors, by_left, by_right, -1.0)
     return Factors(tuple(by_left), tuple(by_right))
 
@@ -335,31 +341,38 @@ def probe(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor], nar
     n, d, k = cells.stack.shape
     stride = max(1, min(8, d // PROBED))
     step = max(1, 2**18 // (n * k)) * stride
-    squares = torch.zeros(n, dtype=torch.float64)
-    objective, free, count = 0.0, 0.0, 0
-    for start in range(0, d, step):
-        rows = slice(start, min(start + step, d), stride)
-        picked = torch.arange(rows.start, rows.stop, stride, device=cells.stack.device)
-        centre, half = cells.grid.cell(cells.stack[:, rows] * cells.scale)
-        half.clamp_(min=NARROWEST)
-        precision, total = sites.read(rows)
-        update = factors.updates(picked)
-        x = torch.addcmul(centre, half, sites.offset[:, rows].float())
-        w, c = sites.weight[rows].float(), sites.centre[rows]
-        rest = x.sub_(update)
-        weight = (precision * rest).sum(0).addcmul_(w, c).div_(total)
-        rest.sub_(weight)
-        objective += float((rest.square_().mul_(precision)).sum()) + float((weight - c).square_().mul_(w).sum())
-        misfit = centre.sub_(update).sub_(weight).square_()
-        variance = half.square_().div_(3)
-        if cells.twice:
-            variance.add_(cells.grid.spacing(update).square_().div_(12))
-        misfit.mul_(variance.reciprocal_().clamp_(max=narrowest)).clamp_(max=MOST)
-        # A held-out cell has next to no precision, and no misfit.
-        squares += misfit.mul_(precision > MEDIAN / 1e6).sum((1, 2)).double().cpu()
-        free += float((w > 0.5 * (total - w)).sum())
-        count += w.numel()
-    objective *= d * k / count
+
+    def part(blocks: list[slice]) -> tuple[float, Tensor, float, int]:
+        objective, free, count = 0.0, 0.0, 0
+        squares = torch.zeros(n, dtype=torch.float64)
+        for block in blocks:
+            rows = slice(block.start, block.stop, stride)
+            picked = torch.arange(rows.start, rows.stop, stride, device=cells.stack.device)
+            centre, half = cells.grid.cell(cells.stack[:, rows] * cells.scale)
+            half.clamp_(min=NARROWEST)
+            precision, total = sites.read(rows)
+            update = factors.updates(picked)
+            x = torch.addcmul(centre, half, sites.offset[:, rows].float())
+            w, c = sites.weight[rows].float(), sites.centre[rows]
+            rest = x.sub_(update)
+            weight = (precision * rest).sum(0).addcmul_(w, c).div_(total)
+            rest.sub_(weight)
+            objective += float((rest.square_().mul_(precision)).sum()) + float((weight - c).square_().mul_(w).sum())
+            misfit = centre.sub_(update).sub_(weight).square_()
+            variance = half.square_().div_(3)
+            if cells.twice:
+                variance.add_(cells.grid.spacing(update).square_().div_(12))
+            misfit.mul_(variance.reciprocal_().clamp_(max=narrowest)).clamp_(max=MOST)
+            # A held-out cell has next to no precision, and no misfit.
+            squares += misfit.mul_(precision > MEDIAN / 1e6).sum((1, 2)).double().cpu()
+            free += float((w > 0.5 * (total - w)).sum())
+            count += w.numel()
+        return objective, squares, free, count
+
+    found = in_parts(part, spans(d, step))
+    objectives, squared, frees, counts = zip(*found, strict=True)
+    squares, free, count = torch.stack(squared).sum(0), sum(frees), sum(counts)
+    objective = sum(objectives) * d * k / count
     for s, left, right in zip(sizes, factors.left, factors.right, strict=True):
         objective += float((left.square().sum(0) * (d / s)).sum() + (right.square().sum(0) * (k / s)).sum())
     factor = n / (n - 1 + free / count)

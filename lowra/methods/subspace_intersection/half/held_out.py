@@ -16,7 +16,7 @@ from torch import Tensor
 from lowra.methods.subspace_intersection.half.boxes import ROOT_HALF
 from lowra.methods.subspace_intersection.half.cells import Grid, grid_of
 from lowra.methods.subspace_intersection.half.lattice import WIDE, around, log_posterior
-from lowra.methods.subspace_intersection.half.sites import Cells
+from lowra.methods.subspace_intersection.half.sites import Cells, Held
 
 # Numbers of the grid of W on each side, and stored numbers on each side, that predictions run over.
 SIDES_BASE, SIDES_STORED = 4, 6
@@ -30,7 +30,7 @@ LEAST = -20.0
 
 @dataclass(frozen=True)
 class Question:
-    """Held-out numbers of some rows, and what is known of their places.
+    """Held-out numbers, and what is known of their places.
 
     stored, model: (q,), and the grids of those models. centre, widths: (n, q) of all cells there less their updates,
     the held-out ones widened. spreads: (n, q) variances of the updates, and `rest` what is added whatever the factor.
@@ -44,6 +44,31 @@ class Question:
     spreads: Tensor
     rest: Tensor
 
+    @classmethod
+    def of(cls, cells: Cells) -> Question:
+        """The held-out numbers of a layer; what is known of them is put in block by block."""
+        assert cells.held is not None
+        model = cells.held.model
+        stored = cells.stack[model, cells.held.row, cells.held.column] * cells.scale  # (q,)
+        grids = [grid_of(dtype, cells.scale) for dtype in cells.dtypes]
+        own = Grid(stored.new_tensor([g.eps for g in grids])[model], stored.new_tensor([g.tiny for g in grids])[model])
+        # One tensor for the layer: small ones, left between the temporaries of the blocks, would hold their memory.
+        known = stored.new_empty(4, len(cells.stack), len(model))
+        return cls(stored, model, own, *known)
+
+    def put(self, held: Held, rows: slice, target: Tensor, half: Tensor, variance: Tensor, rest: Tensor) -> None:
+        """What some rows tell of the cells held out there.
+
+        target, half, variance: (n, rows, k), cells of W'_i - M_i and variance of M_i, the held-out ones widened. rest:
+        what is added to the variance whatever the factor, (n, 1, 1) or (n, rows, k).
+        """
+        part = held.within(rows)
+        row, column = held.row[part] - rows.start, held.column[part]
+        for out, values in zip(
+            (self.centre, self.widths, self.spreads, self.rest), (target, half, variance, rest), strict=True
+        ):
+            out[:, part] = values.expand_as(half)[:, row, column]
+
 
 @dataclass
 class Evidence:
@@ -55,7 +80,7 @@ class Evidence:
 
     factors: tuple[float, ...]
     base: Grid | None = None
-    asked: list[Question] = field(default_factory=list)
+    asked: Question | None = None
     deviations: dict[float, float] = field(default_factory=dict)
 
     @cached_property
@@ -92,33 +117,11 @@ class Evidence:
 
     def _means(self, factors: tuple[float, ...], *, expecting: bool) -> tuple[Tensor, Tensor]:
         """Means over the held-out numbers under some factors, (f,) each; the second is 0 unless asked for."""
-        if not self.asked:
+        if self.asked is None:
             zero = torch.zeros(len(factors), dtype=torch.float64)
             return zero, zero
-        found = [predicted(self.base, question, factors, expecting=expecting) for question in self.asked]
-        actual, expected = (torch.cat(values, 1).double().mean(1) for values in zip(*found, strict=True))
-        return actual, expected
-
-
-def evidence(
-    cells: Cells, rows: slice, target: Tensor, half: Tensor, variance: Tensor, rest: Tensor, found: Evidence
-) -> None:
-    """Add the held-out cells in some rows.
-
-    target, half, variance: (n, rows, k), cells of W'_i - M_i and variance of M_i, the held-out ones widened. rest: what
-    is added to the variance whatever the factor, (n, 1, 1) or (n, rows, k).
-    """
-    assert cells.held is not None
-    part = cells.held.within(rows)
-    model, row, column = (values[part] for values in (cells.held.model, cells.held.row, cells.held.column))
-    if not len(model):
-        return
-    stored = cells.stack[model, row, column] * cells.scale  # (q,)
-    local = row - rows.start
-    known = (values.expand_as(half)[:, local, column] for values in (target, half, variance, rest))  # (n, q) each
-    grids = [grid_of(dtype, cells.scale) for dtype in cells.dtypes]
-    own = Grid(stored.new_tensor([g.eps for g in grids])[model], stored.new_tensor([g.tiny for g in grids])[model])
-    found.asked.append(Question(stored, model, own, *known))
+        actual, expected = predicted(self.base, self.asked, factors, expecting=expecting)
+        return actual.double().mean(1), expected.double().mean(1)
 
 
 def predicted(

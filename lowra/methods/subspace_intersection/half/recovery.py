@@ -11,9 +11,11 @@ from torch import Tensor
 
 from lowra.methods.subspace_intersection.answer import Estimate
 from lowra.methods.subspace_intersection.half import levels
-from lowra.methods.subspace_intersection.half.cavity import SURE, Decoded, Lines, Sweep
+from lowra.methods.subspace_intersection.half.cavity import Decoded, Sweep
 from lowra.methods.subspace_intersection.half.cells import format_of, grid_of
+from lowra.methods.subspace_intersection.half.doubt import SURE, SecondLook
 from lowra.methods.subspace_intersection.half.fit import Factors, Variances, qr_of
+from lowra.methods.subspace_intersection.half.parts import threads
 from lowra.methods.subspace_intersection.half.rounds import FROM_NEARBY, SLACK, Run, approached, converge
 from lowra.methods.subspace_intersection.half.signal import update_sizes
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, hold_out, plain_sites, unit
@@ -72,9 +74,8 @@ FINISH_CLEAR = (100.0, 3000.0)
 CLEAR = 2.0
 
 
-# Factor of the updates' variances, over what held-out cells ask for, under which a sure weight has to stay so; and the
-# probability that one is given which does not.
-WIDER, DOUBTED = 2.0, 0.998
+# Factor of the updates' variances, over what held-out cells ask for, under which a sure weight has to stay so.
+WIDER = 2.0
 
 
 @dataclass(frozen=True)
@@ -177,21 +178,15 @@ def certifiable(run: Run, models: int, hint: int | None) -> bool:
 
 
 def doubt(cells: Cells, run: Run) -> None:
-    """Take back that weights are sure where a second look, with larger variances of the updates, leaves doubts.
-
-    Held-out cells calibrate the variances by the weights that are many. The smallest, whose cells are narrowest, show
-    first where the updates are less certain than that. And what the updates of all models have wrong together moves W
-    off the grid, a whole row or column of it, which shows there even where every number chosen seems sure.
-    """
-    decoded, lines = run.decoded, Lines.of(cells.stack)
+    """Take back that weights are sure where a second look, with larger variances of the updates, leaves doubts."""
+    decoded = run.decoded
     assert decoded.weight is not None
     assert decoded.chance is not None
     factor = WIDER * decoded.evidence.factors[0]
-    again = Sweep(cells, run.sites, run.factors, run.variances, run.misfit, MEDIAN, factor, lines).run(last=True)
-    assert again.weight is not None
-    assert again.chance is not None
-    unsure = (again.weight != decoded.weight).logical_or_(again.chance < SURE).logical_or_(lines.doubtful())
-    decoded.chance.masked_fill_(unsure & (decoded.chance >= SURE), DOUBTED)
+    second = SecondLook.at(decoded.weight, decoded.chance)
+    sweep = Sweep(cells, run.sites, run.factors, run.variances, run.misfit, MEDIAN, factor, second=second)
+    sweep.run(keep=False, last=True)
+    second.finish()
     decoded.sure = float((decoded.chance >= SURE).double().mean())
 
 
@@ -219,6 +214,10 @@ class Recoverer:
 
     def recover(self) -> HalfAnswer | None:
         """The answer, None where the base weight lies on no half-precision grid."""
+        with threads(self.stack.device):
+            return self._recovered()
+
+    def _recovered(self) -> HalfAnswer | None:
         n, d, k = self.stack.shape
         scale = unit(self.stack, self.dtypes)
         base = torch.float16 if torch.bfloat16 not in self.dtypes else torch.bfloat16

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.half.cells import HALF, Grid, grid_of
+from lowra.methods.subspace_intersection.half.parts import in_parts, spans
 
 # Entries of all models in one block.
 BLOCK = 2**18
@@ -89,8 +90,7 @@ class Cells:
     def blocks(self, entries: int = BLOCK) -> Iterator[slice]:
         """Slices of rows."""
         n, d, k = self.stack.shape
-        step = max(1, entries // (n * k))
-        return (slice(start, min(start + step, d)) for start in range(0, d, step))
+        return spans(d, max(1, entries // (n * k)))
 
 
 @dataclass
@@ -122,9 +122,13 @@ def plain_sites(cells: Cells, limit: float) -> Sites:
         new(d, k, dtype=torch.bfloat16),
         new(d, k),
     )
-    for rows in cells.blocks():
-        _, half = cells.read(rows)
-        sites.precision[:, rows] = half.square_().reciprocal_().mul_(3).clamp_(max=limit)
+
+    def part(blocks: list[slice]) -> None:
+        for rows in blocks:
+            _, half = cells.read(rows)
+            sites.precision[:, rows] = half.square_().reciprocal_().mul_(3).clamp_(max=limit)
+
+    in_parts(part, cells.blocks())
     return sites
 
 
@@ -144,11 +148,14 @@ def hold_out(
 ) -> Held:
     """Choose cells to leave out: a share of all, no two at one place; more of a small layer, at most a fiftieth.
 
-    `most` cells tell their mean log probability to a few thousandths of a nat.
+    About `most` cells tell their mean log probability to a few thousandths of a nat.
     """
     n, d, k = stack.shape
-    count = int(min(max(share * n * d * k, least), most, 0.02 * n * d * k, d * k / 2))
-    place = torch.randperm(d * k, generator=generator)[: max(count, 1)].sort().values
+    count = max(1, int(min(max(share * n * d * k, least), most, 0.02 * n * d * k, d * k / 2)))
+    if count == most:
+        place = torch.randint(d * k, (count,), generator=generator).unique()  # few of so many meet
+    else:
+        place = torch.randperm(d * k, generator=generator)[:count].sort().values
     model = torch.randint(n, (len(place),), generator=generator)
     device = stack.device
     return Held(model.to(device), (place // k).to(device), (place % k).to(device))

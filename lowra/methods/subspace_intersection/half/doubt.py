@@ -1,0 +1,75 @@
+"""Doubt: which weights that seem sure are not.
+
+Held-out cells calibrate the updates' variances by the weights that are many. The smallest, whose cells are narrowest,
+show first where the updates are less certain than that: a second look, with larger variances, finds another number or
+is not sure. And what the updates of all models have wrong together moves W off the grid, a whole row or column of it,
+which shows there even where every number chosen seems sure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# Probability from which a weight is called sure, and the one that is given where there is doubt.
+SURE, DOUBTED = 0.999, 0.998
+
+# Deviation of the estimate, in spacings of the grid, up to which a distance from the grid tells something.
+TELLING = 0.25
+
+# Standard deviations by which a row or column further off the grid than others stands out.
+OUTSTANDING = 3.0
+
+
+@dataclass(frozen=True)
+class SecondLook:
+    """What a second sweep says against the first one's weights (d, k) and their chances (d, k), which it lowers.
+
+    by_row, by_column: sums of chi, the distance from the grid over its variance, and counts; (2, d) and (2, k).
+    """
+
+    weight: Tensor
+    chance: Tensor
+    by_row: Tensor
+    by_column: Tensor
+
+    @classmethod
+    def at(cls, weight: Tensor, chance: Tensor) -> SecondLook:
+        """Nothing seen yet."""
+        d, k = weight.shape
+        return cls(weight, chance, *(torch.zeros(2, size, device=weight.device) for size in (d, k)))
+
+    def part(self) -> SecondLook:
+        """The same for some of the rows, with sums over columns of its own."""
+        return replace(self, by_column=torch.zeros_like(self.by_column))
+
+    def compare(self, rows: slice, weight: Tensor, chance: Tensor) -> None:
+        """Take in the numbers and chances that the second sweep finds in some rows."""
+        self._lower(rows, (weight != self.weight[rows]).logical_or_(chance < SURE))
+
+    def count(self, rows: slice, miss: Tensor, spread: Tensor, step: Tensor) -> None:
+        """Take in the distance of some rows (rows, k) from the numbers chosen, its variance, and the spacing there."""
+        telling = spread < (TELLING * step).square_()
+        chi = miss.square_().div_(spread).mul_(telling)
+        for i, values in enumerate((chi, telling)):
+            self.by_row[i, rows] = values.sum(1, dtype=miss.dtype)
+            self.by_column[i] += values.sum(0, dtype=miss.dtype)
+
+    def finish(self) -> None:
+        """Doubt the rows and columns that are further off the grid than others by more than chance."""
+        rows, columns = (_stands_out(*sums) for sums in (self.by_row, self.by_column))
+        self._lower(rows, True)
+        self._lower((slice(None), columns), True)
+
+    def _lower(self, where: slice | Tensor | tuple[slice, Tensor], unsure: Tensor | bool) -> None:
+        chance = self.chance[where]
+        self.chance[where] = chance.masked_fill(unsure & (chance >= SURE), DOUBTED)
+
+
+def _stands_out(total: Tensor, count: Tensor) -> Tensor:
+    mean = total / count.clamp_min(1)
+    middle = mean.median()
+    scatter = 1.4826 * (mean - middle).abs().median()  # the standard deviation, if they are normal
+    return mean > middle + OUTSTANDING * scatter
