@@ -16,7 +16,7 @@ from lowra.methods.subspace_intersection.half.cells import format_of, grid_of
 from lowra.methods.subspace_intersection.half.doubt import SURE, SecondLook
 from lowra.methods.subspace_intersection.half.fit import Factors, Variances, qr_of
 from lowra.methods.subspace_intersection.half.parts import threads
-from lowra.methods.subspace_intersection.half.rounds import FROM_NEARBY, SLACK, Run, approached, converge
+from lowra.methods.subspace_intersection.half.rounds import FROM_AFAR, FROM_NEARBY, SLACK, Run, approached, converge
 from lowra.methods.subspace_intersection.half.signal import update_sizes
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, hold_out, plain_sites, unit
 from lowra.methods.subspace_intersection.half.start import factored, vote
@@ -163,15 +163,18 @@ def crowded(factors: Factors, hint: int | None) -> bool:
     return hint is None and max(factors.ranks) >= room(shape)
 
 
-def certifiable(run: Run, models: int, hint: int | None) -> bool:
-    """Whether an explanation predicts what it has not seen as well as it says it would, and could not be another."""
+def certifiable(run: Run, models: int, hint: int | None, *, part: bool = False) -> bool:
+    """Whether an explanation predicts what it has not seen as well as it says it would, and could not be another.
+
+    part: of a part of a layer, which leaves more weights open than the whole will.
+    """
     evidence = run.decoded.evidence
     return (
         not crowded(run.factors, hint)
         and models >= MODELS
         and shared_direction(run.factors) < SHARED
         and max(run.misfit) <= MISFIT
-        and (run.decoded.predicted >= OPEN or max(run.misfit) >= HIDDEN)
+        and (part or run.decoded.predicted >= OPEN or max(run.misfit) >= HIDDEN)
         and evidence.calibrated_deviation >= DEVIATION
         and evidence.deviation >= OVERCONFIDENCE
     )
@@ -232,20 +235,19 @@ class Recoverer:
             return self._answer(alone, "vote", base, scale, tried)
         part = levels.choose_part((d, k), self.hint or max(self.counted, LIKELY), self.generator, self.stack.device)
         cells = whole
-        calm_rounds = 2 if part is None else 1  # the whole layer has rounds of its own
         if part is not None:
             stack = part.of(self.stack)
             cells = replace(whole, stack=stack, held=hold_out(stack, self.generator))
         estimate = self._estimate(part)
-        name, run = self._chosen(cells, estimate, tried, calm_rounds)
+        name, run = self._chosen(cells, estimate, tried)
         if max(run.misfit) > MISFIT:
             other = replace(cells, twice=True)
-            again, rerun = self._chosen(other, estimate, tried, calm_rounds, " of updates rounded before")
+            again, rerun = self._chosen(other, estimate, tried, " of updates rounded before")
             if rerun.likelihood > run.likelihood + SLACK:
                 name, run, cells = again, rerun, other
         if base == torch.float16:
             cells, run, base = self._coarser(cells, run)
-        doubted = not certifiable(run, n, self.hint) or run.decoded.predicted < EASY
+        doubted = not certifiable(run, n, self.hint, part=part is not None) or run.decoded.predicted < EASY
         if doubted and shared_direction(run.factors) < SHARED:
             # Without the grid lower ranks did: what the grid needs beyond them is a base that is not on it.
             excess = crowded(run.factors, self.hint) and 0 < self.counted < room(cells.stack.shape[1:])
@@ -337,18 +339,21 @@ class Recoverer:
         )
 
     def _chosen(
-        self, cells: Cells, estimate: Tensor | None, tried: dict[str, float], calm_rounds: int, label: str = ""
+        self, cells: Cells, estimate: Tensor | None, tried: dict[str, float], label: str = ""
     ) -> tuple[str, Run]:
         """The start whose rounds predict the held-out cells best."""
         best: tuple[str, Run] | None = None
         n = len(cells.stack)
+        part = cells.stack.shape != self.stack.shape
+        # The whole layer will have rounds of its own.
+        clips, calm_rounds = (FROM_AFAR, 1) if part else (FROM_NEARBY, 2)
         for name, factors in self._starts(cells, estimate, faintness(cells)):
-            run = converge(cells, factors, FROM_NEARBY, calm_rounds=calm_rounds)
+            run = converge(cells, factors, clips, calm_rounds=calm_rounds)
             tried[name + label] = run.likelihood
             if best is None or run.likelihood > best[1].likelihood:
                 best = name + label, run
             # Of faint updates a false explanation may predict as well as it says, but another start predicts better.
-            if certifiable(best[1], n, self.hint) and best[1].decoded.predicted >= EASY:
+            if certifiable(best[1], n, self.hint, part=part) and best[1].decoded.predicted >= EASY:
                 break
             if len(tried) > 1 and shared_direction(best[1].factors) >= SHARED:
                 break  # no start finds what the merges do not show

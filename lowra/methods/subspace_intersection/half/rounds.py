@@ -23,8 +23,9 @@ from lowra.methods.subspace_intersection.half.fit import (
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites, plain_sites
 
 # Largest precision of a site, over that of the median cell, round by round; the last holds from there on. A low one
-# makes the fit well conditioned while the start is poor.
-FROM_NEARBY = (30.0, 100.0, 300.0, 1000.0, 3000.0)
+# makes the fit well conditioned while the start is poor. The second ends in fine rounds.
+FROM_AFAR = (30.0, 100.0, 300.0, 1000.0)
+FROM_NEARBY = (*FROM_AFAR, 3000.0)
 
 # Clips above this are for fine rounds: a tenth of the weights that are still wrong come right in these, but only where
 # few are, and not where the updates hide in the rounding, which shows in the misfit: not all directions of theirs are
