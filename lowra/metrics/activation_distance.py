@@ -22,6 +22,7 @@ from lowra.checks import Count, Name, OneOf, check_fields
 from lowra.digests import file_digest
 from lowra.errors import LowraError
 from lowra.files import replacing
+from lowra.imports import uncollected
 from lowra.metrics.base import REFERENCE, Weights, digest
 from lowra.packages import require
 from lowra.quiet import quiet
@@ -113,12 +114,11 @@ class ActivationScorer:
     """Act.-Dist. bound to one base model."""
 
     def __init__(self, metric: ActivationDistance, base: Path, paths: list[Path], device: torch.device) -> None:
-        from transformers import AutoConfig
-
         self._metric = metric
-        self._config = AutoConfig.from_pretrained(base)
         self._state = dict(StoredState(base))
         self._device = device
+        self._model, self._names = load_vit(base, self._state)
+        self._model.to(device)
         self._pixels = pixel_values(paths, image_processor(base))  # (n, 3, height, width)
         # Kept from a model that took the same way as the recovered ones, so that equal weights are at distance 0.
         self._reference = [[b.cpu() for b in batch] for batch in self._activations({}, REFERENCE)]
@@ -136,8 +136,9 @@ class ActivationScorer:
 
     def _activations(self, weights: Weights, label: str | None) -> Any:
         """Batch by batch, each wanted block's image vectors: (batch, width), or (batch, tokens * width) flattened."""
-        model = load_vit(self._config, with_weights(self._state, {name: w for (_, name), w in weights.items()}))
-        encoder = model.to(self._device).base_model
+        state = with_weights(self._state, {name: weight for (_, name), weight in weights.items()})
+        self._model.load_state_dict({self._names[name]: tensor for name, tensor in state.items()})
+        encoder = self._model.base_model
         wanted = slice(1, None) if self._metric.blocks == "all" else slice(-1, None)
         with torch.no_grad(), tqdm(total=len(self._pixels), desc=label, unit="image", delay=5, leave=False) as bar:
             for pixels in self._pixels.split(self._metric.batch_size):
@@ -148,24 +149,35 @@ class ActivationScorer:
                 bar.update(len(pixels))
 
 
-def load_vit(config: Any, state: dict[str, Tensor]) -> Any:
-    """A ViT classifier from a state dict in checkpoint names, by transformers' own renaming.
+def load_vit(base: Path, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, str]]:
+    """A ViT classifier for a base's state dict, and by transformers' own renaming where in it each tensor belongs.
 
+    state: in checkpoint names; its tensors are not in the model yet. Returns (model, {checkpoint name: model's name}).
     Raises LowraError when a weight is missing or left over.
     """
-    from transformers import ViTForImageClassification
+    with uncollected():
+        from transformers import AutoConfig, ViTForImageClassification
 
+    # Loading takes as long as the images' way through a small model, so that a model is loaded once, with numbered
+    # tensors in place of the weights: they show what went where.
+    numbered = {name: torch.full(tensor.shape, float(i)) for i, (name, tensor) in enumerate(state.items())}
     with quiet():
         loaded: Any = ViTForImageClassification.from_pretrained(
-            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+            None,
+            config=AutoConfig.from_pretrained(base),
+            state_dict=numbered,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     model, info = loaded
-    if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+    given, held = list(state), model.state_dict()
+    names = {given[int(held[name].flatten()[0])]: name for name in held if name not in info["missing_keys"]}
+    if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"], *(set(given) - set(names))}):
         raise LowraError(
             f"The base checkpoint does not fit ViTForImageClassification: {wrong[0]!r} is missing or left over "
             f"({len(wrong)} such weights); give the base model with its classifier."
         )
-    return model.eval()
+    return model.eval(), names
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -113,6 +113,13 @@ def test_equal_weights_are_at_distance_zero_and_near_ones_near(base, images):
     assert scorer.score({("", QUERY.removesuffix(".weight")): true.clone()}, "x") == {"act_dist": 0.0}
     distances = [scorer.score(nudged(base, size), "x")["act_dist"] for size in (1e-3, 1e-2, 1e-1)]
     assert 0 < distances[0] < distances[1] < distances[2]
+    # One model holds them all in turn: nothing of one is left in the next.
+    key = "vit.encoder.layer.0.attention.attention.key.weight"
+    other = {("", key): load_file(base / "model.safetensors")[key] + 0.1}
+    fresh = metric().scorer(str(base), images, CPU, None)
+    assert scorer.score(other, "x") == fresh.score(other, "x")
+    assert scorer.score(nudged(base, 1e-3), "x")["act_dist"] == distances[0]
+    assert scorer.score({}, "x") == {"act_dist": 0.0}
 
 
 def test_cosine_distance_resolves_below_float64_epsilon():
@@ -127,13 +134,12 @@ def test_cosine_distance_resolves_below_float64_epsilon():
 
 
 def test_state_dicts_that_do_not_fit_are_refused(base):
-    config = transformers.AutoConfig.from_pretrained(base)
     state = load_file(base / "model.safetensors")
     lacking = {name: tensor for name, tensor in state.items() if name != QUERY}
     with pytest.raises(LowraError, match=r"layers\.1\.attention\.q_proj\.weight' is missing or left over"):
-        load_vit(config, lacking)
+        load_vit(base, lacking)
     with pytest.raises(LowraError, match=r"'vit\.more' is missing or left over"):
-        load_vit(config, state | {"vit.more": torch.zeros(2)})
+        load_vit(base, state | {"vit.more": torch.zeros(2)})
 
 
 @pytest.mark.parametrize(
