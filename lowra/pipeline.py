@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -39,14 +38,6 @@ class Outcome:
 
 def run(cfg: DictConfig) -> Outcome:
     """Run a configuration to its end (see `lowra.run.run`)."""
-    planning.check_settings(cfg)  # a slip of the finger starts no processes
-    jobs = cfg.jobs or 1
-    with pool.started(jobs, threads_of(jobs), "lowra.judge"):
-        return planned(cfg)
-
-
-def planned(cfg: DictConfig) -> Outcome:
-    """Plan a run and do it."""
     plan = planning.prepare(cfg)
     store = Store(plan.folder)
     store.refresh()
@@ -95,7 +86,6 @@ def layer_judge(plan: Plan, threads: int, keep: KeptWeights | None = None) -> La
 
 def workers(plan: Plan, records: int) -> tuple[int, int]:
     """Processes, and threads of each."""
-    cores = planning.cores()
     if plan.cfg.jobs is not None:
         jobs = int(plan.cfg.jobs)
     else:
@@ -103,13 +93,8 @@ def workers(plan: Plan, records: int) -> tuple[int, int]:
         models = max(draw.n_loras for draw in plan.draws)
         tasks = records // len(plan.variants)
         # The stack, float64 copies of a layer in the judge, and the workspaces of a method: measured at 8 layers.
-        jobs = pool.choose_jobs(tasks, cores, 4 * largest * (2 * models + 8), plan.device.type)
-    return jobs, threads_of(jobs)
-
-
-def threads_of(jobs: int) -> int:
-    """Threads of each of so many processes."""
-    return max(1, min(torch.get_num_threads(), planning.cores() // jobs))  # OMP_NUM_THREADS is heeded
+        jobs = pool.choose_jobs(tasks, pool.cores(), 4 * largest * (2 * models + 8), plan.device.type)
+    return jobs, pool.threads_of(jobs)
 
 
 def recover(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import platform
 import re
 import sys
@@ -31,6 +30,7 @@ from lowra.methods import Method, as_method
 from lowra.metrics.base import Metric
 from lowra.packages import versions
 from lowra.paths import conf_dir
+from lowra.pool import cores
 from lowra.records import Store, key_of
 
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "trl", "datasets", "sentence-transformers", "lpips", "numpy")
@@ -238,11 +238,6 @@ def machine() -> dict[str, Any]:
         pass
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"processor": name, "cores": cores(), "system": platform.system(), "gpus": gpus}
-
-
-def cores() -> int:
-    """The processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _portable(value: Any) -> Any:

@@ -18,9 +18,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-import torch
-
 from lowra.errors import LowraError
+from lowra.imports import uncollected
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,16 +42,32 @@ def choose_jobs(tasks: int, cores: int, bytes_per_task: float, device: str) -> i
     return max(1, min(cores, tasks, int(room)))
 
 
+def cores() -> int:
+    """The processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_of(jobs: int) -> int:
+    """Threads of each of so many processes: its share of the cores, or fewer where OMP_NUM_THREADS says so."""
+    if jobs == 1:
+        import torch
+
+        return min(torch.get_num_threads(), cores())
+    most = os.environ.get("OMP_NUM_THREADS", "")  # torch may not be imported yet
+    return max(1, min(int(most) if most.isdecimal() else cores(), cores() // jobs))
+
+
 @contextlib.contextmanager
-def started(jobs: int, threads: int, module: str) -> Iterator[None]:
+def started(jobs: Any, module: str) -> Iterator[None]:
     """Workers that start now and import a module, while this process plans what a `run` inside has for them to do.
 
     loky gives a later `run` the same processes if jobs and threads are the same. On leaving they are stopped.
+    jobs: as a user gave it; none are started where that is no number of several.
     """
-    if jobs == 1:
+    if type(jobs) is not int or jobs < 2:
         yield
         return
-    imported = _workers(_import, [(module,)] * jobs, jobs, threads)
+    imported = _workers(_import, [(module,)] * jobs, jobs, threads_of(jobs))
     try:
         yield
     finally:
@@ -69,6 +84,8 @@ def run(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int) -> 
     come through. Closing the iterator, or an interrupt, stops the workers at once.
     """
     if jobs == 1:
+        import torch
+
         torch.set_num_threads(threads)
         for task in tasks:
             yield task, work(task)
@@ -131,6 +148,8 @@ _WORK: dict[str, Callable[[Any], Any]] = {}
 def _worker(name: str, sent: bytes, task: Any, threads: int) -> tuple[Any, Any]:
     """One task in a worker process; the work is unpickled once."""
     if name not in _WORK:
+        import torch
+
         _WORK.clear()
         torch.set_num_threads(threads)
         _WORK[name] = pickle.loads(sent)
@@ -138,7 +157,8 @@ def _worker(name: str, sent: bytes, task: Any, threads: int) -> tuple[Any, Any]:
 
 
 def _import(module: str) -> None:
-    importlib.import_module(module)
+    with uncollected():
+        importlib.import_module(module)
 
 
 def _watch_parent(parent: int) -> None:

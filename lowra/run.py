@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowra import signals
 from lowra.cli import command
+from lowra.imports import uncollected
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -19,10 +20,14 @@ def run(cfg: DictConfig) -> Any:
 
     Returns the finished `lowra.pipeline.Outcome`. Raises LowraError for a user's mistake.
     """
-    from lowra.pipeline import run as work
+    from lowra import pool
 
-    signals.stop()
-    return work(cfg)
+    with pool.started(cfg.jobs, "lowra.judge"):  # they import torch while this process does
+        with uncollected():
+            from lowra.pipeline import run as work
+
+        signals.stop()
+        return work(cfg)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from lowra.errors import LowraError
 from lowra.files import write_text
 from lowra.paths import conf_dir, register_resolvers
 from lowra.pipeline import layer_judge, run
-from lowra.plan import Plan, cores, make_variants, prepare
+from lowra.plan import Plan, make_variants, prepare
+from lowra.pool import cores
 from lowra.records import LAYER, Store, read
 from lowra.reporting.escape import slug
 from lowra.reporting.export import export

@@ -37,7 +37,7 @@ def test_two_jobs_work_elsewhere_with_their_share_of_threads() -> None:
 
 
 def test_workers_started_ahead_do_the_work_and_are_stopped(recwarn: pytest.WarningsRecorder) -> None:
-    with pool.started(2, 1, "lowra.pool"):
+    with pool.started(2, "lowra.pool"):
         ahead = {process.pid for process in psutil.Process().children(recursive=True)}
         found = dict(pool.run(square, range(12), 2, 1))
         assert {value[1] for value in found.values()} <= ahead
