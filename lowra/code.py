@@ -56,14 +56,16 @@ def code_digest(module: str, within: str = "lowra") -> str:
 def closure(module: str) -> dict[str, Path]:
     """The files of a module and of what it imports of `lowra` or from beside itself: dotted name to path."""
     found: dict[str, Path] = {}
-    todo = [module]
+    todo, seen = [module], {module}
     while todo:
         name = todo.pop()
         path = _file_of(name) if name == module else _locate(name, module, found[module])
-        if path is None or name in found:
+        if path is None:
             continue
         found[name] = path
-        todo += _imports(name, path)
+        new = set(_imports(name, path)) - seen  # a file names the same modules again and again
+        todo += new
+        seen |= new
     return found
 
 
@@ -121,7 +123,11 @@ def _import_statements(source: bytes) -> tuple[tuple[int, str, tuple[str, ...]],
     Most of the time of a digest is in parsing, and methods share most of their modules.
     """
     found: list[tuple[int, str, tuple[str, ...]]] = []
-    for node in ast.walk(ast.parse(source)):
+    todo: list[ast.AST] = [ast.parse(source)]
+    while todo:  # statements alone, which lie in nothing but these: expressions are most of a file
+        node = todo.pop()
+        for inside in ("body", "orelse", "finalbody", "handlers", "cases"):
+            todo += getattr(node, inside, ())
         if isinstance(node, ast.Import):
             found += [(0, alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

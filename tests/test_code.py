@@ -37,6 +37,38 @@ def test_the_closure_holds_what_is_imported_and_nothing_installed(package: Path)
     assert set(found) == {"own_method", "own_helper", "own_pack", "own_pack.inner", "own_pack.sibling", "lowra.errors"}
 
 
+ANYWHERE = """
+class A:
+    import m_class
+    async def f(self):
+        async with self:
+            import m_async
+        for _ in ():
+            while _: import m_loop
+            else: import m_else
+        match self:
+            case A(): import m_case
+try:
+    if 1: import m_if
+    elif 2: import m_elif
+except OSError:
+    import m_except
+else:
+    with A(): import m_with
+finally:
+    import m_finally
+"""
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {f"m_{word}" for word in "class async loop else case if elif except with finally".split()}
+    for name in names:
+        (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "own_anywhere.py").write_text(ANYWHERE)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert set(closure("own_anywhere")) == {"own_anywhere", *names}
+
+
 @pytest.mark.parametrize("edited", ["own_method.py", "own_helper.py", "own_pack/sibling.py"])
 def test_an_edit_anywhere_in_it_is_another_digest(package: Path, edited: str) -> None:
     before = code_digest("own_method")

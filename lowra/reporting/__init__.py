@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowra.imports import uncollected
 from lowra.reporting.kept import Made
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def _terminal(records: Records, found: Sequence[View]) -> str:
 
 def _figures(found: Sequence[View]) -> tuple[dict[str, bytes], dict[str, list[str]]]:
     """The figures of each view as files, and the stems of these files by the view's slug."""
-    from lowra.reporting.figures import FIGURES, FORMATS, drawn
+    with uncollected():
+        from lowra.reporting.figures import FIGURES, FORMATS, drawn
 
     files: dict[str, bytes] = {}
     stems: dict[str, list[str]] = {view.slug: [] for view in found}
