@@ -47,6 +47,21 @@ def test_workers_started_ahead_do_the_work_and_are_stopped(recwarn: pytest.Warni
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("jobs", [None, 1, 0, "many", True])
+def test_no_workers_are_started_for_what_is_no_number_of_several(jobs: object) -> None:
+    before = set(psutil.Process().children())
+    with pool.started(jobs, "lowra.pool"):
+        assert set(psutil.Process().children()) <= before
+
+
+def test_cores_are_shared_out_as_far_as_threads_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "cores", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [pool.threads_of(jobs) for jobs in (2, 5, 12, 40)] == [6, 2, 1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert [pool.threads_of(jobs) for jobs in (2, 5, 12)] == [2, 2, 1]
+
+
 def dozing(task: int) -> int:
     time.sleep(0.02)
     return task
