@@ -13,10 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib  # not its pyplot, which takes longer to import than a figure to draw, and keeps every figure
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -65,13 +62,14 @@ def look(i: int) -> dict[str, Any]:
 @contextmanager
 def style() -> Iterator[None]:
     """Matplotlib's settings for every figure and grid of the project, put back afterwards."""
-    with plt.rc_context(STYLE), warnings.catch_warnings():
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in another script is drawn as boxes
         yield
 
 
 def _figure(height: float, title: str, columns: int = 1) -> tuple[Figure, Any]:
-    figure, axes = plt.subplots(1, columns, figsize=(WIDTH, height), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)
     figure.suptitle(plot_text(title, 90), fontsize=9)
     return figure, axes[0] if columns > 1 else axes[0, 0]
 
@@ -106,7 +104,6 @@ def cumulative(views: Sequence[View]) -> Figure | None:
     figure, axes = _figure(3.0, f"{view.heading}, n = {n}")
     finite = chosen.layers["w_error"].replace([np.inf, -np.inf], np.nan)
     if finite.notna().sum() == 0:
-        plt.close(figure)
         return None
     low, high = finite.min(), finite.max()
     margin = max(0.03 * (high - low), 0.2)
@@ -410,5 +407,4 @@ def drawn(draw: Draw, views: Sequence[View], kinds: Sequence[str]) -> dict[str, 
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, metadata=metadata)
             files[kind] = buffer.getvalue()
-        plt.close(figure)
         return files

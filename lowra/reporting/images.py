@@ -7,10 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image
 
 from lowra.errors import LowraError
@@ -49,7 +46,7 @@ def write_grid(
     top = HEAD_INCHES + LINE_INCHES * max(heading.count("\n") + 1 for heading in shown_as)
     # One pair of axes for all: with one for each picture matplotlib spends seconds on their frames.
     with style():
-        figure = plt.figure(figsize=(CELL_INCHES * (len(labels) + 1), CELL_INCHES * rows + top))
+        figure = Figure(figsize=(CELL_INCHES * (len(labels) + 1), CELL_INCHES * rows + top))
         left, height = 1 / (len(labels) + 1), CELL_INCHES * rows / (CELL_INCHES * rows + top)
         axes = figure.add_axes((left, 0, 1 - left, height))
         for j, pictures in enumerate(columns):
@@ -70,7 +67,6 @@ def write_grid(
         # No creation date or version in the file: equal pictures give equal bytes.
         with replacing(out) as temporary:
             figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
-        plt.close(figure)
     return out
 
 

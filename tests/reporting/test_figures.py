@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -34,14 +33,12 @@ def test_cumulative_ends_below_all_layers_where_some_failed() -> None:
     assert max(whole.get_ydata()) == 100
     assert max(part.get_ydata()) == 50
     assert part.get_label() == "Mine (2 of 4 layers failed)"
-    plt.close(figure)
 
 
 def test_numbers_of_models_have_whole_ticks() -> None:
     figure = figures.by_models([only(sweep())])
     assert figure is not None
     assert list(figure.axes[0].get_xticks()) == [2, 3, 5]
-    plt.close(figure)
 
 
 def test_a_mean_over_part_of_the_draws_is_marked() -> None:
@@ -50,7 +47,6 @@ def test_a_mean_over_part_of_the_draws_is_marked() -> None:
     figure = figures.by_models([only(layers)])
     assert figure is not None
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Mine", figures.PART]
-    plt.close(figure)
 
 
 def test_legends_are_off_the_axes(tmp_path: Path) -> None:
@@ -59,7 +55,6 @@ def test_legends_are_off_the_axes(tmp_path: Path) -> None:
     figure.canvas.draw()
     (legend,) = figure.legends
     assert legend.get_window_extent().y1 <= figure.axes[0].get_window_extent().y0
-    plt.close(figure)
 
 
 def test_rows_are_told_apart_without_colour() -> None:
@@ -84,7 +79,6 @@ def test_any_name_can_be_drawn(name: str) -> None:
         figure = figures.cumulative([view])
         assert figure is not None
         assert figure.axes[0].get_legend_handles_labels()[1] == [" _hidden"]  # an underscore alone would hide it
-        plt.close(figure)
 
 
 def test_equal_records_give_equal_files() -> None:
@@ -107,7 +101,6 @@ def test_the_log_says_what_the_mse_does_not() -> None:
     (label,) = figure.axes[0].get_legend_handles_labels()[1]
     # Layers at 10^-5 and 10^-6: the mean of the logarithms is -5.5, the mean of the errors 5.5e-6.
     assert label == "Mine: W-Error -5.500, MSE 5.500e-06, Act.-Dist. 2e-05"
-    plt.close(figure)
 
 
 def test_pictures_are_not_empty() -> None:
@@ -137,14 +130,12 @@ def test_error_over_iterations_beside_the_level_of_the_mean() -> None:
     assert list(lines["Mine"].get_xdata()) == list(range(1, 21))
     assert lines["Mine"].get_ydata()[-1] == pytest.approx(-6.8)
     assert set(lines["Mean LoRA"].get_ydata()) == {-4.5}
-    plt.close(figure)
 
 
 def test_error_against_loss_states_the_correlation() -> None:
     figure = figures.error_against_loss([with_history(fakes.rows("m", "Mine", -7.0, n=5, trials=1))])
     assert figure is not None
     assert "20 iterations (correlation 1.000)" in figure.legends[0].get_texts()[0].get_text()
-    plt.close(figure)
 
 
 def test_error_against_score_takes_what_was_stopped_early() -> None:
@@ -160,7 +151,6 @@ def test_error_against_score_takes_what_was_stopped_early() -> None:
     assert figure is not None
     assert figure.legends[0].get_texts()[0].get_text() == "4 numbers of iterations (correlation -1.000)"
     assert figures.error_against_loss([view]) is None
-    plt.close(figure)
 
 
 def test_all_subsets_in_one_figure() -> None:
@@ -173,7 +163,6 @@ def test_all_subsets_in_one_figure() -> None:
     assert figure is not None
     assert len(figure.legends[0].get_texts()) == 2
     assert figures.all_subsets(views(fakes.records())) is None
-    plt.close(figure)
 
 
 def test_every_figure_of_a_folder_has_its_name_listed() -> None:
@@ -185,4 +174,3 @@ def test_predictions_say_which_side_is_the_bad_one() -> None:
     assert figure is not None
     texts = {text.get_text(): text.get_position()[1] for text in figure.axes[0].texts}
     assert texts["worse than predicted"] > 0.5 > texts["better than predicted"]
-    plt.close(figure)
