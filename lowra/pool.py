@@ -58,8 +58,8 @@ def threads_of(jobs: int) -> int:
 
 
 @contextlib.contextmanager
-def started(jobs: Any, module: str) -> Iterator[None]:
-    """Workers that start now and import a module, while this process plans what a `run` inside has for them to do.
+def started(jobs: Any, *modules: str) -> Iterator[None]:
+    """Workers that start now and import some modules, while this process plans what a `run` inside has for them to do.
 
     loky gives a later `run` the same processes if jobs and threads are the same. On leaving they are stopped.
     jobs: as a user gave it; none are started where that is no number of several.
@@ -67,7 +67,7 @@ def started(jobs: Any, module: str) -> Iterator[None]:
     if type(jobs) is not int or jobs < 2:
         yield
         return
-    imported = _workers(_import, [(module,)] * jobs, jobs, threads_of(jobs))
+    imported = _workers(_import, [modules] * jobs, jobs, threads_of(jobs))
     try:
         yield
     finally:
@@ -156,9 +156,10 @@ def _worker(name: str, sent: bytes, task: Any, threads: int) -> tuple[Any, Any]:
     return task, _WORK[name](task)
 
 
-def _import(module: str) -> None:
+def _import(*modules: str) -> None:
     with uncollected():
-        importlib.import_module(module)
+        for module in modules:
+            importlib.import_module(module)
 
 
 def _watch_parent(parent: int) -> None:

@@ -22,8 +22,11 @@ def run(cfg: DictConfig) -> Any:
     """
     from lowra import pool
 
-    with pool.started(cfg.jobs, "lowra.judge"):  # they import torch while this process does
+    # They import torch while this process does; pandas too, which pyarrow asks for when it reads its first layer.
+    with pool.started(cfg.jobs, "lowra.judge", "pandas"):
         with uncollected():
+            import pandas  # noqa: F401
+
             from lowra.pipeline import run as work
 
         signals.stop()
