@@ -18,10 +18,11 @@ from lowra import plan as planning
 from lowra import pool, reporting, signals
 from lowra.bench.draws import Draw
 from lowra.judge import LayerJudge, ModelJudge
-from lowra.plan import Plan, Task, in_shard, shard_of
+from lowra.plan import Plan, Task, in_shard
 from lowra.records import LAYER, SCORE, KeptWeights, Store, scores_of, tables
 from lowra.reporting import kept
 from lowra.reporting.kept import Made
+from lowra.settings import shard_of
 
 REFRESH_SECONDS = 0.5  # between looks at what other processes have finished
 TABLES_SECONDS = 2.0  # at least so long between two writings of the tables while a run is under way, ...

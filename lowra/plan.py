@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 import lowra
 from lowra.bench import draws as drawing
@@ -32,9 +31,9 @@ from lowra.packages import versions
 from lowra.paths import conf_dir
 from lowra.pool import cores
 from lowra.records import Store, key_of
+from lowra.settings import check_settings, n_loras
 
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "trl", "datasets", "sentence-transformers", "lpips", "numpy")
-MAX_TRIALS = 10_000  # more draws than any table needs; a slip of the finger would list for hours
 
 
 @dataclass(frozen=True)
@@ -257,70 +256,11 @@ def _without_folders(argument: str) -> str:
 # ---- Settings ---------------------------------------------------------------------------------------------------
 
 
-def check_settings(cfg: DictConfig) -> None:
-    """Raise LowraError for settings that cannot work, before anything is built, fetched or written."""
-    for key, kind, name in (
-        ("trials", int, "a whole number"),
-        ("seed", int, "a whole number"),
-        ("knows_rank", bool, "true or false"),
-        ("keep_outputs", bool, "true or false"),
-        ("results_dir", str, "a folder"),
-        ("cache_dir", str, "a folder"),
-    ):
-        value = _value(cfg, key)
-        if type(value) is not kind or value == "":
-            raise LowraError(f"{key} is {value!r}; expected {name}.")
-    for key in ("layers", "note", "shard"):
-        if cfg[key] is not None and not isinstance(cfg[key], str):
-            raise LowraError(f"{key} is {cfg[key]!r}; expected text in quotes, or null.")
-    if cfg.jobs is not None and (type(cfg.jobs) is not int or cfg.jobs < 1):
-        raise LowraError(f"jobs is {cfg.jobs!r}; expected a number of processes, or null to choose by the machine.")
-    if not 1 <= cfg.trials <= MAX_TRIALS:
-        raise LowraError(f"trials is {cfg.trials}; at least 1 draw is needed, and at most {MAX_TRIALS} are listed.")
-    if not isinstance(cfg.get("merge"), DictConfig):
-        raise LowraError(f"merge is {cfg.get('merge')!r}; expected merge.dtype=... and merge.order=....")
+def check_merge(cfg: DictConfig) -> None:
+    """Raise LowraError for ways of merging that are not known."""
     merge_dtype(cfg.merge.dtype)
     if cfg.merge.order not in ORDERS:
         raise unknown("merge.order", cfg.merge.order, ORDERS)
-    foreign = cfg.merge.foreign
-    if type(foreign) is not int or not foreign >= 0:
-        raise LowraError(f"merge.foreign is {foreign!r}; expected a number of models of another base, 0 for none.")
-    if foreign and cfg.get("defence"):
-        raise LowraError("merge.foreign and defence cannot be had together; set merge.foreign=0 or defence=none.")
-    for group in ("methods", "metrics"):
-        if cfg.get(group) is not None and not isinstance(cfg[group], DictConfig):
-            raise LowraError(f"{group} is {cfg[group]!r}; expected names of files in conf/{group}, such as {group}=[].")
-        for name, node in (cfg.get(group) or {}).items():
-            if not isinstance(node, DictConfig):
-                raise LowraError(f"{group}.{name} is {node!r}; expected a config with _target_ and its options.")
-    if not cfg.get("methods"):
-        raise LowraError("methods is empty; choose some of the files in conf/methods, such as methods=[mean_lora].")
-    if not n_loras(cfg):
-        raise LowraError("n_loras is empty; expected a whole number, or a list such as [2,3,5].")
-    for n in n_loras(cfg):
-        if type(n) is not int:
-            raise LowraError(f"n_loras is {cfg.n_loras!r}; expected a whole number, or a list such as [2,3,5].")
-        if n < 2:
-            raise LowraError(f"n_loras is {n}; recovery compares models and needs at least 2.")
-        if foreign and foreign > n - 2:
-            raise LowraError(
-                f"merge.foreign is {foreign}, of n_loras={n} models; two at least must share the true base."
-            )
-    check_device(cfg.device)
-    shard_of(cfg.shard)
-    if cfg.layers is not None:
-        try:
-            re.compile(cfg.layers)
-        except re.error as error:
-            raise LowraError(f"layers={cfg.layers!r} is no regular expression: {error}.") from None
-
-
-def _value(cfg: DictConfig, key: str) -> Any:
-    try:
-        return cfg[key]
-    except OmegaConfBaseException as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LowraError(f"{key} cannot be worked out: {first}.") from None
 
 
 def check_device(name: Any) -> torch.device:
@@ -338,22 +278,6 @@ def check_device(name: Any) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             raise LowraError(f"device={name} was asked for, but there are {torch.cuda.device_count()} CUDA devices.")
     return device
-
-
-def shard_of(text: str | None) -> tuple[int, int] | None:
-    """`i/k` as numbers, None where the run is whole; raises LowraError for anything else."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise LowraError(f"shard is {text!r}; expected i/k with i from 1 to k, such as shard=1/16.")
-    return int(match[1]), int(match[2])
-
-
-def n_loras(cfg: DictConfig) -> tuple[int, ...]:
-    """The numbers of models to draw: one, or a sweep; each once, in the order given."""
-    value = cfg.n_loras
-    return tuple(dict.fromkeys(value)) if isinstance(value, ListConfig | list) else (value,)
 
 
 # ---- What configs name ------------------------------------------------------------------------------------------
@@ -543,6 +467,8 @@ def in_shard(tasks: Sequence[tuple[drawing.Draw, int]], sizes: Sequence[float], 
 def prepare(cfg: DictConfig) -> Plan:
     """Check everything, cheapest first; then build or open the data."""
     check_settings(cfg)
+    check_merge(cfg)
+    device = check_device(cfg.device)
     # TF32 would cost seven digits of the float32 products that merges and methods rely on.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -552,7 +478,6 @@ def prepare(cfg: DictConfig) -> Plan:
     metrics = make_metrics(cfg, weights_only=source.weights_only)
     folder = Path(cfg.results_dir).expanduser() / cfg.subset.name / cfg.source.name
     Store(folder).check_writable()
-    device = check_device(cfg.device)
     source.check()
     for metric in metrics.values():
         metric.ready()

@@ -58,13 +58,13 @@ def threads_of(jobs: int) -> int:
 
 
 @contextlib.contextmanager
-def started(jobs: Any, *modules: str) -> Iterator[None]:
+def started(jobs: int | None, *modules: str) -> Iterator[None]:
     """Workers that start now and import some modules, while this process plans what a `run` inside has for them to do.
 
     loky gives a later `run` the same processes if jobs and threads are the same. On leaving they are stopped.
-    jobs: as a user gave it; none are started where that is no number of several.
+    jobs: None where they are chosen later.
     """
-    if type(jobs) is not int or jobs < 2:
+    if jobs is None or jobs == 1:
         yield
         return
     imported = _workers(_import, [modules] * jobs, jobs, threads_of(jobs))

@@ -21,7 +21,9 @@ def run(cfg: DictConfig) -> Any:
     Returns the finished `lowra.pipeline.Outcome`. Raises LowraError for a user's mistake.
     """
     from lowra import pool
+    from lowra.settings import check_settings
 
+    check_settings(cfg)  # before any process is started
     # They import torch while this process does; pandas too, which pyarrow asks for when it reads its first layer.
     with pool.started(cfg.jobs, "lowra.judge", "pandas"):
         with uncollected():

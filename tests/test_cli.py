@@ -42,6 +42,20 @@ def test_help_helps_without_loading_torch(command: str) -> None:
     assert len(done.stdout) > 300
 
 
+def test_a_slip_of_the_finger_is_told_before_torch_is_loaded_or_a_process_started(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['lowra.run', 'subset=vit', 'jobs=2', 'trials=many']\n"
+        "try:\n    runpy.run_module('lowra.run', run_name='__main__')\n"
+        "except SystemExit as end:\n    print('status', end.code)\n"
+        "print('heavy:', [m for m in ('torch', 'pandas', 'joblib.externals.loky') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert "error: trials is 'many'; expected a whole number." in done.stderr
+    assert done.stdout.splitlines() == ["status 2", "heavy: []"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_console_command_runs(tmp_path: Path) -> None:
     done = lowra("run", "subset=nope", cwd=tmp_path)
     assert done.returncode == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from lowra import pipeline, plan
+from lowra import pipeline, plan, settings
 from lowra.errors import LowraError
 
 Configure = Callable[..., DictConfig]
@@ -124,9 +124,9 @@ def test_configs_may_name_defaults_of_lowra_alone(custom: Configure) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    cfg = OmegaConf.create({"x": "${default:os.getcwd}", "y": "${default:lowra.plan.MAX_TRIALS}"})
+    cfg = OmegaConf.create({"x": "${default:os.getcwd}", "y": "${default:lowra.settings.MAX_TRIALS}"})
     custom()  # registers the resolvers
-    assert cfg.y == plan.MAX_TRIALS
+    assert cfg.y == settings.MAX_TRIALS
     with pytest.raises(OmegaConfBaseException, match=r"os\.getcwd.* names no default of lowra's"):
         cfg.x  # noqa: B018
 
