@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lowra.methods.base import Observation, Recovery
 from lowra.methods.subspace_intersection import SubspaceIntersection
-from lowra.methods.subspace_intersection.half import fit, formats, levels
+from lowra.methods.subspace_intersection.half import fit, formats, levels, recovery
 from lowra.methods.subspace_intersection.half.boxes import log_probability, score_and_curvature
 from lowra.methods.subspace_intersection.half.cells import Grid, format_of, grid_of
 from lowra.methods.subspace_intersection.half.doubt import SURE, SecondLook
@@ -508,6 +509,23 @@ def test_fine_rounds_are_for_layers_where_few_weights_are_open(
     if not fine:
         assert all_.decoded.predicted == coarse.decoded.predicted
         assert min(all_.misfit) < BURIED
+
+
+@pytest.mark.parametrize(("worse", "chosen"), [(0.005, BF16), (0.05, FP16)])
+def test_a_base_on_the_coarser_grid_is_taken_for_that_unless_held_out_cells_object(
+    monkeypatch: pytest.MonkeyPatch, worse: float, chosen: torch.dtype
+) -> None:
+    """Both grids predict about as well: a few thousandths of a nat, of chance, are not to decide."""
+    layer = Layer((96, 96), base_dtype=BF16, dtypes=(FP16,), mu=4.0)
+    cells = layer.cells(base=FP16, held=True)
+    start = factored(layer.merged * cells.scale, layer.base * cells.scale, [3] * 3, torch.Generator())
+    run = converge(cells, start, FROM_NEARBY)
+    actual = run.likelihood - worse
+    other = dataclasses.replace(run, decoded=dataclasses.replace(run.decoded))
+    monkeypatch.setattr(type(other), "likelihood", property(lambda r: actual if r is other else actual + worse))
+    monkeypatch.setattr(recovery, "converge", lambda *_: other)
+    recoverer = Recoverer(layer.merged, (FP16,) * 3, None, 1.0, 3, None, torch.Generator())
+    assert recoverer._coarser(cells, run)[2] == chosen
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
