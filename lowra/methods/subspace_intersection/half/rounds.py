@@ -28,9 +28,9 @@ FROM_AFAR = (30.0, 100.0, 300.0, 1000.0)
 FROM_NEARBY = (*FROM_AFAR, 3000.0)
 
 # Clips above this are for fine rounds: a tenth of the weights that are still wrong come right in these, but only where
-# few are, and not where the updates hide in the rounding, which shows in the misfit: not all directions of theirs are
-# found then, and what is decoded is firm enough as it is.
-COARSE, FEW_OPEN, BURIED = 1000.0, 0.985, 0.6
+# few are, and not where an update hides in the rounding or leaves more than that, as its misfit shows: not all
+# directions are found then, and what is decoded is firm enough as it is.
+COARSE, FEW_OPEN, BURIED, LEFT_OVER = 1000.0, 0.985, 0.6, 1.01
 
 # Steps of a poor start before the first round. More did not lower the misfit where ranks were over-estimated.
 APPROACH = 6
@@ -121,7 +121,7 @@ def converge(
             factors = pruned(factors, variances)
             ratio = variances.by_row.new_tensor([now / then for now, then in zip(factors.ranks, before, strict=True)])
             variances = Variances(variances.by_row * ratio[:, None], variances.by_column * ratio[:, None])
-        if not (trace and trace[-1][0] >= FEW_OPEN and min(misfit) >= BURIED):
+        if not (trace and trace[-1][0] >= FEW_OPEN and BURIED <= min(misfit) <= max(misfit) <= LEFT_OVER):
             following = min(following, COARSE * MEDIAN)
         fine = following > COARSE * MEDIAN
         decoded = Sweep(cells, sites, factors, variances, misfit, following, loosened, fine).run(last=t == most - 1)
