@@ -30,6 +30,10 @@ ROUGH = 1.6
 # W counts as known for the updates' sites where its variance is below this share of a cell's square width.
 KNOWN = 0.03
 
+# Sweeps with a larger limit than this, over the precision of the median cell, are fine: they hold the sites of what is
+# known to it more firmly.
+COARSE = 1000.0
+
 # The updates' deviation is taken to be at least this share of a cell; and in fine sweeps.
 SHARPEST, SHARPEST_FINE = 0.01, 0.003
 
@@ -73,8 +77,7 @@ class Decoded:
 class Sweep:
     """A pass over a layer. misfit: chi of each model. variance_factor: of the updates' variance while decoding.
 
-    limit: largest precision of the sites made where W is not known. fine: hold the sites of what is known to it more
-    firmly. second: what this sweep is a second look at.
+    limit: largest precision of the sites made where W is not known. second: what this sweep is a second look at.
     """
 
     cells: Cells
@@ -84,7 +87,6 @@ class Sweep:
     misfit: tuple[float, ...]
     limit: float
     variance_factor: float = 1.0
-    fine: bool = False
     second: SecondLook | None = None
 
     def run(self, *, keep: bool = True, last: bool = False) -> Decoded:
@@ -118,6 +120,11 @@ class Sweep:
             ridge(self.factors.sizes(), self.factors, by_left, by_right, -1.0)
             found.slope = Factors(tuple(by_left), tuple(by_right))
         return found
+
+    @property
+    def fine(self) -> bool:
+        """Whether the sites it makes are for fine rounds."""
+        return self.limit > COARSE * MEDIAN
 
     def _tried(self) -> tuple[float, ...]:
         """Factors of the variances that held-out cells are predicted with: the one in use, others, and 1."""

@@ -8,13 +8,14 @@ the other way round.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.half.fit import Factors, Quadratic, effective_variances, force, qr_of, slope
+from lowra.methods.subspace_intersection.half.parts import in_parts
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites, plain_sites
 
 # Layers of at most this many entries are solved at once.
@@ -115,16 +116,20 @@ def extra_directions(cells: Cells, sites: Sites, factors: Factors, count: int, g
     """
     own = [0.0] * len(cells.stack)
 
-    def forces() -> Iterator[tuple[slice, Tensor]]:
-        for rows in cells.blocks():
+    def forces(blocks: Iterable[slice]) -> Iterator[tuple[slice, Tensor]]:
+        for rows in blocks:
             centre, half = cells.read(rows)
             yield rows, force(sites, rows, centre, half, factors.updates(rows))
 
     def times(rights: Sequence[Tensor]) -> list[Tensor]:
         images = [right.new_empty(cells.stack.shape[1], right.shape[1]) for right in rights]
-        for rows, pulls in forces():
-            for image, part, right in zip(images, pulls, rights, strict=True):
-                torch.mm(part, right, out=image[rows])
+
+        def part(blocks: list[slice]) -> None:
+            for rows, pulls in forces(blocks):
+                for image, pull, right in zip(images, pulls, rights, strict=True):
+                    torch.mm(pull, right, out=image[rows])
+
+        in_parts(part, cells.blocks())
         return images
 
     new = cells.stack.new_empty
@@ -132,7 +137,7 @@ def extra_directions(cells: Cells, sites: Sites, factors: Factors, count: int, g
     sketches = times([torch.randn(k, count, generator=generator).to(cells.stack.device) for _ in own])
     rights = [new(k, count).zero_() for _ in own]
     lefts = [qr_of(sketch)[0] for sketch in sketches]
-    for rows, pulls in forces():
+    for rows, pulls in forces(cells.blocks()):
         for right, part, left in zip(rights, pulls, lefts, strict=True):
             right.addmm_(part.mT, left[rows])
     rights = [qr_of(right)[0] for right in rights]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lowra.methods.subspace_intersection.half.cavity import Decoded, Sweep
+from lowra.methods.subspace_intersection.half.cavity import COARSE, Decoded, Sweep
 from lowra.methods.subspace_intersection.half.fit import (
     LENGTHS,
     Factors,
@@ -27,10 +27,10 @@ from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites,
 FROM_AFAR = (30.0, 100.0, 300.0, 1000.0)
 FROM_NEARBY = (*FROM_AFAR, 3000.0)
 
-# Clips above this are for fine rounds: a tenth of the weights that are still wrong come right in these, but only where
-# few are, and not where an update hides in the rounding or leaves more than that, as its misfit shows: not all
-# directions are found then, and what is decoded is firm enough as it is.
-COARSE, FEW_OPEN, BURIED, LEFT_OVER = 1000.0, 0.985, 0.6, 1.01
+# Fine rounds bring a tenth of the weights right that are still wrong, but only where few are, and not where an update
+# hides in the rounding or leaves more than that, as its misfit shows: not all directions are found then, and what is
+# decoded is firm enough as it is.
+FEW_OPEN, BURIED, LEFT_OVER = 0.985, 0.6, 1.01
 
 # Steps of a poor start before the first round. More did not lower the misfit where ranks were over-estimated.
 APPROACH = 6
@@ -123,8 +123,7 @@ def converge(
             variances = Variances(variances.by_row * ratio[:, None], variances.by_column * ratio[:, None])
         if not (trace and trace[-1][0] >= FEW_OPEN and BURIED <= min(misfit) <= max(misfit) <= LEFT_OVER):
             following = min(following, COARSE * MEDIAN)
-        fine = following > COARSE * MEDIAN
-        decoded = Sweep(cells, sites, factors, variances, misfit, following, loosened, fine).run(last=t == most - 1)
+        decoded = Sweep(cells, sites, factors, variances, misfit, following, loosened).run(last=t == most - 1)
         loosened = decoded.evidence.factors[decoded.evidence.best]
         trace.append((decoded.predicted, max(misfit), decoded.evidence.likelihood))
         if t:
