@@ -96,7 +96,7 @@ def any_shared(bases: Tensor) -> bool:
 
 
 def trace_and_smallest(tangents: Tangents, a: int, b: int) -> tuple[float, float]:
-    """Tr A^-1 and the smallest eigenvalue of A, on matrices (a, b).
+    """Tr A^-1 and the smallest eigenvalue of A, on matrices (a, b); infinity and a bound where W is not identified.
 
     Small cores: all eigenvalues. Larger ones: block inverse iteration finds the few smallest eigenvalues, which carry
     the trace where it is large, and random probes orthogonal to them the rest (Hutch++; Meyer et al. 2021).
@@ -122,7 +122,11 @@ def trace_and_smallest(tangents: Tangents, a: int, b: int) -> tuple[float, float
     start = rademacher(BLOCK).mT.reshape(-1, a, b) / tangents.scale()
     block = torch.linalg.qr((tangents.columns[1] @ start @ tangents.rows[1].mT).view(-1, a * b).mT).Q
     for _ in range(STEPS - 2):
-        block = torch.linalg.qr(inverse(block)).Q
+        images = inverse(block)
+        largest = float(images.norm(dim=0).max())
+        if largest > 1 / IDENTIFIABLE:  # no eigenvalue of A^-1 is smaller, which settles it
+            return math.inf, 1 / largest
+        block = torch.linalg.qr(images).Q
     probes = rademacher(PROBES)
     probes = probes - block @ (block.mT @ probes)
     images = inverse(torch.cat([block, probes], 1))

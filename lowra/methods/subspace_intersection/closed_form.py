@@ -161,10 +161,10 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
     ranks, joint_rows = solution.tangents.ranks, core.right
     if evidence.shared_columns or evidence.shared_rows:
         # The hint is a rank of updates that hold what they share; it blurs which directions those are.
-        unhinted = solution if problem.hint is None else polish(core, solve(core, None))
+        unhinted = solution if problem.hint is None else polish(core, solve(core, None, rough=problem.rough))
         core = without_shared(core, unhinted.tangents)
         if core.matrices.numel():
-            solution = polish(core, solve(core, None))
+            solution = polish(core, solve(core, None, rough=problem.rough))
             rest = certify(core, solution)
             determined = rest.lambda_min > WELL_CONDITIONED and not rest.ambiguous
     estimate = problem.mean()
@@ -206,7 +206,7 @@ def solved(
         core = joint_core(differences, parts, problem.noise, margin)
         if not core.matrices.numel():
             break
-        solution = polish(core, solve(core, problem.hint))
+        solution = polish(core, solve(core, problem.hint, rough=problem.rough))
         attempts.append((core, solution, certify(core, solution)))
         if attempts[-1][2].predicted is not None:
             return attempts[-1]

@@ -153,7 +153,8 @@ class SubspaceIntersection:
         self, problem: Problem, stack: Tensor, stored: tuple[torch.dtype, ...]
     ) -> tuple[Answer, HalfAnswer] | None:
         """Half-precision merges, cell by cell; None where the base is finer, or the updates are not plain."""
-        answer = closed_form(problem)  # a good start even where `low_signal` would not trust it
+        # A good start even where `low_signal` would not trust it.
+        answer = closed_form(replace(problem, rough=True))
         if answer.scaled or answer.blocks:
             return None
         used = [label for label in problem.labels if label not in answer.outliers]

@@ -33,7 +33,7 @@ class Problem:
     guess: columns of the first sketches, hint: the rank where it was granted. labels: the models' numbers in the
     observation. unit: what 1 is in the observation's own scale (see `pose`). heads: see `SubspaceIntersection`. spans:
     for each model orthonormal directions (k, c) in which its rows less those of model 0 are known to lie, where they
-    are; empty elsewhere.
+    are; empty elsewhere. rough: the answer is only where another solver starts.
     """
 
     merged: Tensor
@@ -47,6 +47,7 @@ class Problem:
     unit: float = 1.0
     heads: int | None = None
     spans: tuple[Tensor | None, ...] = ()
+    rough: bool = False
 
     def subset(self, chosen: list[int]) -> Problem:
         """The same for some of the models."""

@@ -249,12 +249,12 @@ def proposals(core: Core, hint: int | None) -> list[Proposal]:
     return made
 
 
-def solve(core: Core, hint: int | None) -> Solution:
+def solve(core: Core, hint: int | None, *, rough: bool = False) -> Solution:
     """The simplest X that explains all models: smallest sum of ranks, then smallest residual.
 
     The first solution that keeps the ranks it was proposed for is taken without trying others. W'_i itself always
     explains all models, its own update being nothing. Before an explanation of more ranks than were counted is
-    believed, the counted ones are fitted.
+    believed, the counted ones are fitted; rough: it is only where others start, and they are not.
     """
     best: Solution | None = None
     proposed = proposals(core, hint)
@@ -266,7 +266,7 @@ def solve(core: Core, hint: int | None) -> Solution:
                 best = solution
     assert best is not None
     counted = proposed[0].ranks[0]
-    if sum(best.tangents.ranks) > sum(counted):
+    if not rough and sum(best.tangents.ranks) > sum(counted):
         best = min(best, *(fitted(core, start.x, counted) for start in proposed[0].solutions(core)), key=by_size)
     return best
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowra.methods.subspace_intersection.half.boxes import score_and_curvature
 from lowra.methods.subspace_intersection.half.doubt import SURE, SecondLook
-from lowra.methods.subspace_intersection.half.fit import Factors, Variances, force, pull, ridge, summed
+from lowra.methods.subspace_intersection.half.fit import Factors, Variances, force, pull, ridge, summed, weighted
 from lowra.methods.subspace_intersection.half.held_out import Evidence, Question
 from lowra.methods.subspace_intersection.half.lattice import REACH, Site, decode, settled
 from lowra.methods.subspace_intersection.half.parts import in_parts
@@ -146,7 +146,7 @@ class Sweep:
         precision, total = sites.read(rows)
         update = self.factors.updates(rows, torch.empty_like(centre))
         rest = torch.addcmul(centre, half, sites.offset[:, rows].float()).sub_(update)
-        weight = (precision * rest).sum(0).addcmul_(sites.weight[rows].float(), sites.centre[rows]).div_(total)
+        weight = weighted(precision, rest, sites.weight[rows] * sites.centre[rows]).div_(total)
         rest.sub_(weight).mul_(precision)  # the force of its own entry on each update
         loose = self.variances.by_row[:, rows, None] + self.variances.by_column[:, None]  # without the entry itself
         shift = rest.mul_(loose)

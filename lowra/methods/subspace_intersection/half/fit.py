@@ -9,7 +9,7 @@ noise. Factors are kept balanced, L_i^T L_i = R_i^T R_i = diag S_i.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -199,12 +199,12 @@ class Quadratic:
             by_right = [torch.zeros_like(right) for right in here.right]
             for rows in blocks:
                 precision, total = self.sites.read(rows)
-                images = torch.empty_like(precision, dtype=dtype)
-                for out, left, right in zip(images, lefts, rights, strict=True):
-                    torch.mm(left[rows], right.mT, out=out)
-                tangent = images.float()
-                mean = (precision * tangent).sum(0).div_(total)
-                pull(tangent.sub_(mean).mul_(precision), rows, factors, by_left, by_right, self.only)
+                # Model by model, which a processor's cache holds; float() of float32 is no copy.
+                pairs = zip(lefts, rights, strict=True)
+                tangents = [torch.mm(left[rows], right.mT).float() for left, right in pairs]
+                mean = weighted(precision, tangents).div_(total)
+                pulls = [tangent.sub_(mean).mul_(p) for tangent, p in zip(tangents, precision, strict=True)]
+                pull(pulls, rows, factors, by_left, by_right, self.only)
             return by_right
 
         by_right = summed(in_parts(part, self.cells.blocks(PRODUCT_BLOCK)))
@@ -265,14 +265,30 @@ def force(sites: Sites, rows: slice, centre: Tensor, half: Tensor, update: Tenso
     """P_i (x_i - W - M_i) of some rows (n, rows, k), W where it is best; overwrites `half`, the cells' half widths."""
     precision, total = sites.read(rows)
     rest = half.mul_(sites.offset[:, rows]).add_(centre).sub_(update)
-    weight = (precision * rest).sum(0).add_(sites.weight[rows] * sites.centre[rows]).div_(total)
+    weight = weighted(precision, rest, sites.weight[rows] * sites.centre[rows]).div_(total)
     return rest.sub_(weight).mul_(precision)
 
 
+def weighted(precision: Tensor, values: Iterable[Tensor], start: Tensor | None = None) -> Tensor:
+    """The sum over the models of P_i (n, rows, k) times values (rows, k) each, added to a start; model by model, which
+    reads everything once.
+    """
+    total = start
+    for p, value in zip(precision, values, strict=True):
+        total = p * value if total is None else total.addcmul_(p, value)
+    assert total is not None
+    return total
+
+
 def pull(
-    force: Tensor, rows: slice, factors: Factors, by_left: list[Tensor], by_right: list[Tensor], only: str = "both"
+    force: Iterable[Tensor],
+    rows: slice,
+    factors: Factors,
+    by_left: list[Tensor],
+    by_right: list[Tensor],
+    only: str = "both",
 ) -> None:
-    """Add what a force (n, rows, k) on the updates is on their factors; the right ones may be in bfloat16.
+    """Add what the models' forces (rows, k) on the updates are on their factors; the right ones may be in bfloat16.
 
     Sums over rows are in float32, which takes no longer: a bfloat16 product has to be widened before it is added.
     """
@@ -355,7 +371,7 @@ def probe(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor], nar
             x = torch.addcmul(centre, half, sites.offset[:, rows].float())
             w, c = sites.weight[rows].float(), sites.centre[rows]
             rest = x.sub_(update)
-            weight = (precision * rest).sum(0).addcmul_(w, c).div_(total)
+            weight = weighted(precision, rest, w * c).div_(total)
             rest.sub_(weight)
             objective += float((rest.square_().mul_(precision)).sum()) + float((weight - c).square_().mul_(w).sum())
             misfit = centre.sub_(update).sub_(weight).square_()

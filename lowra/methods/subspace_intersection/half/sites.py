@@ -17,7 +17,7 @@ from lowra.methods.subspace_intersection.half.cells import HALF, Grid, grid_of
 from lowra.methods.subspace_intersection.half.parts import in_parts, spans
 
 # Entries of all models in one block.
-BLOCK = 2**18
+BLOCK = 2**19
 
 # A cell counts as no narrower than this share of the median one: a stored zero would decide alone.
 NARROWEST = 1e-3
@@ -109,7 +109,10 @@ class Sites:
     def read(self, rows: slice) -> tuple[Tensor, Tensor]:
         """P (n, rows, k) and the sum of P and w (rows, k), float32."""
         precision = self.precision[:, rows].float()
-        return precision, precision.sum(0).add_(self.weight[rows])
+        total = self.weight[rows].float()
+        for p in precision:
+            total.add_(p)
+        return precision, total
 
 
 def plain_sites(cells: Cells, limit: float) -> Sites:
