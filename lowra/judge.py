@@ -35,8 +35,8 @@ from lowra.plan import Plan, Task, Variant, options
 from lowra.records import COORDINATES, LAYER_FIELDS, SCORE, KeptWeights, Store, dumps, key_of, model_digest
 from lowra.reporting import kept
 
-# A recovered weight that waits for a metric is kept on disk where reading its layer and recovering it again takes longer
-# than writing it, at this many bytes a second.
+# A recovered weight that waits for a metric is kept on disk where reading its layer and recovering it again would take
+# longer than writing it, at this many bytes a second.
 DISK_BYTES_PER_SECOND = 2e8
 
 # Layers of up to so many weights (1024 x 1024) are recovered on one thread.

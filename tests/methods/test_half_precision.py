@@ -415,7 +415,7 @@ def test_faint_directions_are_found_one_by_the_other() -> None:
     assert seen(run.sites, run.factors) > 2 * seen(plain_sites(cells, 3.0), factors)
     dtypes = formats(layer.merged)
     assert dtypes is not None
-    grown = Recoverer(layer.merged, dtypes, None, 1.0, 0, None, generator)._grown(cells, run, good=True)
+    grown = Recoverer(layer.merged, dtypes, None, False, 1.0, 0, None, generator)._grown(cells, run, AT_ONCE, good=True)
     assert min(grown.factors.ranks) >= 11
     assert grown.decoded.weight is not None
     assert run.decoded.weight is not None
@@ -457,7 +457,7 @@ def test_the_vote_is_what_most_models_store() -> None:
 @pytest.mark.parametrize("inference", [False, True])
 def test_rounds_are_the_same_on_any_number_of_threads(inference: bool) -> None:
     """Bit for bit: blocks are summed in the same parts. In inference mode too, which belongs to threads."""
-    layer = Layer((400, 300), (6, 6, 6), mu=1.0)
+    layer = Layer((700, 500), (6, 6, 6), mu=1.0)
     cells = layer.cells(held=True)
     assert len(list(cells.blocks())) > 1
     before, found = torch.get_num_threads(), []
@@ -524,7 +524,7 @@ def test_a_base_on_the_coarser_grid_is_taken_for_that_unless_held_out_cells_obje
     other = dataclasses.replace(run, decoded=dataclasses.replace(run.decoded))
     monkeypatch.setattr(type(other), "likelihood", property(lambda r: actual if r is other else actual + worse))
     monkeypatch.setattr(recovery, "converge", lambda *_: other)
-    recoverer = Recoverer(layer.merged, (FP16,) * 3, None, 1.0, 3, None, torch.Generator())
+    recoverer = Recoverer(layer.merged, (FP16,) * 3, None, False, 1.0, 3, None, torch.Generator())
     assert recoverer._coarser(cells, run)[2] == chosen
 
 

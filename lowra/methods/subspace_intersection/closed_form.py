@@ -144,10 +144,14 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
     """The closed form on three or more models, with its certificate."""
     problem, parts = with_excess_noise(problem, parts)
     differences = [Difference(model, problem.merged[0], problem.dtype) for model in problem.merged[1:]]
-    found = solved(problem, differences, parts)
-    if found is None:
+    attempts = solved(problem, differences, parts)
+    if not attempts:
         return spectral(problem, 0)
-    core, solution, evidence = found
+    core, solution, evidence = attempts[-1] if attempts[-1][2].predicted is not None else attempts[0]
+    counted = solution.tangents.ranks
+    if problem.rough and evidence.predicted is None:
+        # Where directions of the updates hide in the noise, the fewer are asked for, the nearer W is to the truth.
+        core, solution, evidence = min(reversed(attempts), key=lambda a: a[2].shared_columns + a[2].shared_rows)
     if evidence.predicted is not None and evidence.predicted > evidence.mean_error:
         return spectral(problem, max(solution.tangents.ranks))
     hint, contradicted, simpler = problem.hint, False, None
@@ -158,7 +162,8 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
             solution, evidence = told
         contradicted = solution.exceeds(hint) or solution.falls_short(hint)
     determined = evidence.predicted is not None
-    ranks, joint_rows = solution.tangents.ranks, core.right
+    ranks = counted if problem.rough and evidence.predicted is None else solution.tangents.ranks
+    joint_rows = core.right
     if evidence.shared_columns or evidence.shared_rows:
         # The hint is a rank of updates that hold what they share; it blurs which directions those are.
         unhinted = solution if problem.hint is None else polish(core, solve(core, None, rough=problem.rough))
@@ -168,8 +173,8 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
             rest = certify(core, solution)
             determined = rest.lambda_min > WELL_CONDITIONED and not rest.ambiguous
     estimate = problem.mean()
-    if determined:
-        matter = columns_matter(core, solution.tangents)
+    if determined or (problem.rough and not (evidence.shared_columns or evidence.shared_rows)):
+        matter = determined and columns_matter(core, solution.tangents)
         left, right = lift(core, solution, outside_columns(differences, core.left, joint_rows) if matter else None)
         estimate = replace(estimate, left=left, right=right)
     certificate, sentence = verdict(
@@ -196,10 +201,10 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
 
 def solved(
     problem: Problem, differences: list[Difference], parts: list[RowSpace]
-) -> tuple[Core, Solution, Evidence] | None:
-    """The core, its solution and the evidence, with the smallest margin that identifies W, else the first.
+) -> list[tuple[Core, Solution, Evidence]]:
+    """Cores, their solutions and the evidence, for growing margins until one identifies W: that is the last.
 
-    None where no direction that the models differ in rises above the noise.
+    Empty where no direction that the models differ in rises above the noise.
     """
     attempts = []
     for margin in MARGINS:
@@ -209,8 +214,8 @@ def solved(
         solution = polish(core, solve(core, problem.hint, rough=problem.rough))
         attempts.append((core, solution, certify(core, solution)))
         if attempts[-1][2].predicted is not None:
-            return attempts[-1]
-    return attempts[0] if attempts else None
+            break
+    return attempts
 
 
 def as_told(core: Core, simplest: Solution, hint: int) -> tuple[Solution, Evidence] | None:

@@ -69,6 +69,15 @@ class Factors:
         pairs = zip((*self.left, *self.right), (*other.left, *other.right), strict=True)
         return sum(float(torch.dot(a.flatten(), b.flatten())) for a, b in pairs)
 
+    def distances(self, other: Factors) -> list[float]:
+        """Of each update M_i from another's, |M_i - N_i| / |M_i|."""
+        found = []
+        for a, b, c, d in zip(self.left, self.right, other.left, other.right, strict=True):
+            left, right = torch.cat([a, c], 1).double(), torch.cat([b, -d], 1).double()
+            square = ((left.mT @ left) * (right.mT @ right)).sum()
+            found.append(float((square.clamp(min=0) / ((a.mT @ a) * (b.mT @ b)).sum()).sqrt()))
+        return found
+
     def updates(self, rows: slice | Tensor, out: Tensor | None = None) -> Tensor:
         """M_i = L_i R_i^T of some rows: (n, rows, k)."""
         parts = [left[rows] for left in self.left]
@@ -270,8 +279,9 @@ def force(sites: Sites, rows: slice, centre: Tensor, half: Tensor, update: Tenso
 
 
 def weighted(precision: Tensor, values: Iterable[Tensor], start: Tensor | None = None) -> Tensor:
-    """The sum over the models of P_i (n, rows, k) times values (rows, k) each, added to a start; model by model, which
-    reads everything once.
+    """The sum over the models of P_i (n, rows, k) times values (rows, k) each, added to a start, in place.
+
+    Model by model, which reads everything once.
     """
     total = start
     for p, value in zip(precision, values, strict=True):

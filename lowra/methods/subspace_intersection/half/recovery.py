@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,10 +16,18 @@ from lowra.methods.subspace_intersection.half.cells import format_of, grid_of
 from lowra.methods.subspace_intersection.half.doubt import SURE, SecondLook
 from lowra.methods.subspace_intersection.half.fit import Factors, Variances, qr_of
 from lowra.methods.subspace_intersection.half.parts import threads
-from lowra.methods.subspace_intersection.half.rounds import FROM_AFAR, FROM_NEARBY, SLACK, Run, approached, converge
+from lowra.methods.subspace_intersection.half.rounds import (
+    FROM_AFAR,
+    FROM_NEARBY,
+    LEFT_OVER,
+    SLACK,
+    Run,
+    approached,
+    converge,
+)
 from lowra.methods.subspace_intersection.half.signal import update_sizes
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, hold_out, plain_sites, unit
-from lowra.methods.subspace_intersection.half.start import factored, vote
+from lowra.methods.subspace_intersection.half.start import factored, unexplained, vote
 
 # Ranks that nobody tells are over-estimated: at least this, and this many times what the closed form counts.
 RANK, OVER = 32, 1.5
@@ -59,8 +67,14 @@ COARSER = 0.6
 # with a base on no grid.
 EASY = 0.97
 
+# The same of a part of a layer, which leaves more weights open than the whole will, where updates are not faint.
+EASY_PART = 0.95
+
 # Rounds between two additions of directions.
 GROWING = 4
+
+# How names of starts end that are fitted at length (see `approached`).
+AT_LENGTH = ", at length"
 
 # Clips of the rounds where the updates are faintest, of those that finish what a part began, and of those where it has
 # seen all directions.
@@ -203,13 +217,14 @@ def formats(stack: Tensor) -> tuple[torch.dtype, ...] | None:
 class Recoverer:
     """One layer, its starts and its choices.
 
-    closed: the closed form's W in the scale it was worked on, None where it is open, and what 1 is there. counted: the
-    largest rank it found. hint: rank where it was granted.
+    closed: the closed form's W in the scale it was worked on, None where it found nothing; determined: whether it was
+    identified; one: what 1 is in that scale. counted: the largest rank it found. hint: rank where it was granted.
     """
 
     stack: Tensor
     dtypes: tuple[torch.dtype, ...]
     closed: Estimate | None
+    determined: bool
     one: float
     counted: int
     hint: int | None
@@ -247,7 +262,8 @@ class Recoverer:
                 name, run, cells = again, rerun, other
         if base == torch.float16:
             cells, run, base = self._coarser(cells, run)
-        doubted = not certifiable(run, n, self.hint, part=part is not None) or run.decoded.predicted < EASY
+        enough = EASY_PART if part is not None and faintness(cells) >= FAINT else EASY
+        doubted = not certifiable(run, n, self.hint, part=part is not None) or run.decoded.predicted < enough
         if doubted and shared_direction(run.factors) < SHARED:
             # Without the grid lower ranks did: what the grid needs beyond them is a base that is not on it.
             excess = crowded(run.factors, self.hint) and 0 < self.counted < room(cells.stack.shape[1:])
@@ -267,12 +283,16 @@ class Recoverer:
                 factors = levels.extra_directions(whole, sites, factors, missing, self.generator)
             if faint < APPROACHES[0][0]:
                 good = max(run.misfit) <= MISFIT
-                run = self._grown(whole, converge(whole, factors, AT_ONCE, most=GROWING, good=good), good=good)
+                run = converge(whole, factors, AT_ONCE, most=GROWING, good=good)
+                run = self._grown(whole, run, AT_ONCE, good=good)
+                run = converge(whole, run.factors, AT_ONCE, good=good, sites=run.sites)
             elif max(run.misfit) > MISFIT:
                 run = converge(whole, factors, FROM_NEARBY)
             else:
                 clips = FINISH if missing else FINISH_CLEAR
                 run = converge(whole, factors, clips, most=len(clips) + 1, good=True)
+                if max(run.misfit) > LEFT_OVER or not certifiable(run, n, self.hint):
+                    run = self._grown(whole, run, FINISH[-1:], good=True)
         decoded, certified = run.decoded, certifiable(run, n, self.hint)
         if not certified or decoded.predicted < EASY:
             alone = self._unfitted(whole)
@@ -282,21 +302,21 @@ class Recoverer:
             doubt(whole if part is not None else cells, run)
         return self._answer(decoded, name, base, scale, tried, run, certified=certified)
 
-    def _grown(self, cells: Cells, run: Run, *, good: bool) -> Run:
-        """A run whose updates are faint, with more directions as long as these predict held-out cells better.
+    def _grown(self, cells: Cells, run: Run, clips: Sequence[float], *, good: bool) -> Run:
+        """A run of which directions are missing, with more as long as these predict held-out cells better.
 
         Faint directions come only with the smallest weights, and the more are known, the more of them do.
         """
         while max(run.factors.ranks) < room(cells.stack.shape[1:]):
             count = 8 + max(run.factors.ranks) // 4
             more = levels.extra_directions(cells, run.sites, run.factors, count, self.generator)
-            again = converge(cells, more, AT_ONCE, most=GROWING, good=good, sites=run.sites)
+            again = converge(cells, more, clips, most=GROWING, good=good, sites=run.sites)
             gain = again.likelihood - run.likelihood
             if gain > 0:
                 run = again
             if gain < SLACK:
                 break
-        return converge(cells, run.factors, AT_ONCE, good=good, sites=run.sites)
+        return run
 
     def _estimate(self, part: levels.Part | None) -> Tensor | None:
         """The closed form's W, of a part of the layer where one is solved first: of a large layer it is never whole."""
@@ -347,15 +367,19 @@ class Recoverer:
         part = cells.stack.shape != self.stack.shape
         # The whole layer will have rounds of its own.
         clips, calm_rounds = (FROM_AFAR, 1) if part else (FROM_NEARBY, 2)
-        for name, factors in self._starts(cells, estimate, faintness(cells)):
+        faint = faintness(cells)
+        for name, factors in self._starts(cells, estimate, faint):
             run = converge(cells, factors, clips, calm_rounds=calm_rounds)
             tried[name + label] = run.likelihood
             if best is None or run.likelihood > best[1].likelihood:
                 best = name + label, run
             # Of faint updates a false explanation may predict as well as it says, but another start predicts better.
-            if certifiable(best[1], n, self.hint, part=part) and best[1].decoded.predicted >= EASY:
+            enough = EASY_PART if part and faint >= FAINT else EASY
+            if certifiable(best[1], n, self.hint, part=part) and best[1].decoded.predicted >= enough:
                 break
-            if len(tried) > 1 and shared_direction(best[1].factors) >= SHARED:
+            if name.endswith(AT_LENGTH) and max(run.misfit) <= MISFIT and run.decoded.predicted >= enough:
+                break  # all that a part of the layer shows
+            if len(tried) > 2 and shared_direction(best[1].factors) >= SHARED:
                 break  # no start finds what the merges do not show
         assert best is not None
         return best
@@ -365,24 +389,34 @@ class Recoverer:
         most = room(cells.stack.shape[1:])
         counted = math.ceil(OVER * self.counted) + 4
         rank = min(most, self.hint if self.hint is not None else max(RANK, counted))
-        closed: tuple[str, Tensor, int, float | None] | None = None
-        if estimate is not None:
-            closed = "closed form", estimate, min(most, self.hint if self.hint is not None else counted), None
         clips = [clip for bound, clip in APPROACHES if faint < bound]
-        votes: list[tuple[str, Tensor, int, float | None]] = [
+        order: list[tuple[str, Tensor, int, float | None]] = [
             (name, vote(cells.stack), rank, clip) for name, clip in zip(("vote", "vote, again"), clips, strict=False)
         ]
-        if closed is None:
-            order = votes
-        elif faint < FAINT:
-            order = [votes[0], closed, *votes[1:]]
-        else:
-            order = [closed, *(votes if faint < VOTE else [])]
+        # What is fitted at length, if what is fitted at ease does not do: see `APPROACH_AT_LENGTH`.
+        order.insert(1, ("vote, at length", order[0][1], rank, clips[0]))
+        if estimate is not None and self.determined:
+            closed = "closed form", estimate, min(most, self.hint if self.hint is not None else counted), None
+            if faint < FAINT:
+                order.insert(1, closed)
+            else:
+                at_length = "closed form, at length", estimate, closed[2], clips[0]
+                order = [closed, at_length, *(order if faint < VOTE else [])]
+        elif estimate is not None:
+            order.insert(1, ("open closed form, at length", estimate, rank, clips[0]))
         for name, weight, wanted, clip in order:
-            factors = factored(
-                cells.stack * cells.scale, weight * cells.scale, [wanted] * len(cells.stack), self.generator
-            )
-            yield name, factors if clip is None else approached(cells, factors, clip)
+            factors = self._factored(cells, weight, wanted)
+            if name.startswith("open"):
+                other = self._factored(cells, order[0][1], wanted)
+                if unexplained(cells, weight, factors) > unexplained(cells, order[0][1], other):
+                    continue
+            if clip is not None:
+                factors = approached(cells, factors, clip, at_length=name.endswith(AT_LENGTH))
+            yield name, factors
+
+    def _factored(self, cells: Cells, weight: Tensor, rank: int) -> Factors:
+        """Factors of what all models have beside a weight (d, k), in the units of the cells."""
+        return factored(cells.stack * cells.scale, weight * cells.scale, [rank] * len(cells.stack), self.generator)
 
     def _coarser(self, cells: Cells, run: Run) -> tuple[Cells, Run, torch.dtype]:
         """W on bfloat16's grid rather than float16's, where most of its sure weights lie there: of others, few do.

@@ -32,8 +32,15 @@ FROM_NEARBY = (*FROM_AFAR, 3000.0)
 # decoded is firm enough as it is.
 FEW_OPEN, BURIED, LEFT_OVER = 0.985, 0.6, 1.01
 
-# Steps of a poor start before the first round. More did not lower the misfit where ranks were over-estimated.
+# Steps of a poor start before the first round.
 APPROACH = 6
+
+# The same at length, at most; they end when no update moves by more than a share of itself. Where updates have much of
+# their spaces in common, W can move far with hardly a change in how well all is explained, and the fit sees such
+# directions only if its linear systems are solved well: with a cosine of 0.8 between the column spaces, the iterations
+# of other steps took 2% a step off the updates' errors, and what was then decoded was wrong.
+APPROACH_AT_LENGTH, ARRIVED = 12, 0.02
+ITERATIONS_AT_LENGTH, TOLERANCE_AT_LENGTH = 60, 0.005
 
 # Conjugate gradient iterations of a step, and the relative residual that ends them.
 ITERATIONS, TOLERANCE = 15, 0.05
@@ -43,6 +50,9 @@ STILL = 1e-3
 
 # Rounds at most.
 MOST = 16
+
+# The round, from 0, in which a run ends that leaves something over and predicts held-out cells worse than in its first.
+HOPELESS = 4
 
 # Directions are pruned from this clip on: below it, small weights cannot yet speak for the directions that only they
 # see.
@@ -135,6 +145,8 @@ def converge(
             best = Run(factors, misfit, decoded, t + 1, still >= calm_rounds, edge, variances, sites)
         if still >= calm_rounds and following <= limit:
             break
+        if t == HOPELESS and trace[t][2] < trace[0][2] and max(misfit) > LEFT_OVER:
+            break
         limit = following
         if decoded.slope is not None:
             down, decoded.slope = decoded.slope, None
@@ -144,21 +156,25 @@ def converge(
     return best
 
 
-def approached(cells: Cells, factors: Factors, clip: float) -> Factors:
+def approached(cells: Cells, factors: Factors, clip: float, *, at_length: bool = False) -> Factors:
     """Factors from a poor start, fitted to the cells as normal errors: nothing is decoded yet.
 
     What a poor start decodes confirms it, directions too many above all. Without, the fit finds the same updates from
-    the vote and from the mean, at the true rank and at twice that.
+    the vote and from the mean, at the true rank and at twice that. at_length: as far as it takes.
     """
     limit = clip * MEDIAN
     sites = plain_sites(cells, limit)
     variances: Variances | None = None
-    for _ in range(APPROACH):
-        factors = factors.balanced()
+    iterations = ITERATIONS_AT_LENGTH if at_length else ITERATIONS
+    tolerance = TOLERANCE_AT_LENGTH if at_length else TOLERANCE
+    for _ in range(APPROACH_AT_LENGTH if at_length else APPROACH):
+        factors = before = factors.balanced()
         variances = effective_variances(sites, factors.ranks, variances)
         down = slope(cells, sites, factors)
-        change = Quadratic(cells, sites, factors).step(down, variances, ITERATIONS, TOLERANCE)
+        change = Quadratic(cells, sites, factors).step(down, variances, iterations, tolerance)
         factors, _ = searched(cells, sites, factors, change, limit)
+        if at_length and max(factors.distances(before)) < ARRIVED:
+            break
     return factors
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.half.fit import Factors, qr_of
+from lowra.methods.subspace_intersection.half.sites import Cells
 
 # Columns beyond the rank in the range finder, and its power passes.
 OVERSAMPLING, PASSES = 8, 2
@@ -48,3 +49,9 @@ def factored(stack: Tensor, weight: Tensor, ranks: list[int], generator: torch.G
         lefts.append(basis @ (u[:, :rank] * root))
         rights.append(vh[:rank].mT * root)
     return Factors(tuple(lefts), tuple(rights))
+
+
+def unexplained(cells: Cells, weight: Tensor, factors: Factors) -> float:
+    """Sum of squares of W'_i - W - M_i, with best approximations M_i as `factored` makes them."""
+    whole = sum(float((model * cells.scale - weight * cells.scale).square_().sum()) for model in cells.stack)
+    return whole - sum(float(size.square().sum()) for size in factors.sizes())
