@@ -15,6 +15,7 @@ Ranks are not told, unless to Spectral DeTuning, which needs them. Groups:
     models       n = 5 and 8
     formats      float16; bfloat16 bases in float16 merges; both among the models; updates rounded before they are added
     norms        updates of very different size
+    overlap      updates whose column and row spaces overlap, as those of fine-tunes for one task do
     certificate  layers that no certificate may be given to, and sound ones among them
     loras        real updates: NAME.lora_up.weight (d, r) and NAME.lora_down.weight (r, k) of three files and more, all
                  of a layer scaled alike to the signal
@@ -72,6 +73,7 @@ REAL = (0.15, 1.0, 3.0)
 class Case:
     """A recipe for planted layers. norms: sizes of the updates relative to mu. plant: what is wrong with the layer.
 
+    overlap: of the columns and of the rows, how much all updates have in common: about the cosine between their spaces.
     files, layer: of real updates, in place of random ones.
     """
 
@@ -84,6 +86,7 @@ class Case:
     merges: tuple[str, ...] = ("bf16",)
     norms: tuple[float, ...] = (1.0,)
     plant: str = "independent"
+    overlap: tuple[float, float] = (0.0, 0.0)
     files: tuple[Path, ...] = ()
     layer: str = ""
 
@@ -104,6 +107,8 @@ class Case:
             parts.append(f"{self.base} base, {'/'.join(self.merges)} merges")
         if self.norms != (1.0,):
             parts.append("norms " + "/".join(f"{x:g}" for x in self.norms))
+        if any(self.overlap):
+            parts.append("overlap " + "/".join(f"{x:g}" for x in self.overlap))
         if self.plant != "independent":
             parts.append(self.plant)
         return ", ".join(parts)
@@ -167,6 +172,12 @@ def planted(case: Case, seed: int) -> tuple[Tensor, Tensor]:
         updates = [update * (size / math.sqrt(mean)) for update in read]
     for i, rank in enumerate(() if case.files else case.ranks):
         left, right = draw(d, rank), draw(k, rank)
+        if any(case.overlap):
+            shared = (shared_left[:, :rank], shared_right[:, :rank])
+            left, right = (
+                math.sqrt(share) * common + math.sqrt(1 - share) * own
+                for share, common, own in zip(case.overlap, shared, (left, right), strict=True)
+            )
         if case.plant == "shared A":
             right = shared_right[:, :rank]
         if case.plant == "nearly shared A":
@@ -260,6 +271,13 @@ def cases(group: str, loras: Path | None = None) -> Iterator[Case]:
         for norms in ((10.0, 1.0, 1.0), (30.0, 1.0, 0.1), (1.0, 0.1, 0.1)):
             for mu in (0.1, 0.3, 1.0):
                 yield Case(group, (256, 256), (4,) * 3, mu, norms=norms)
+    if group == "overlap":
+        for overlap in ((0.5, 0.2), (0.8, 0.2), (0.5, 0.5), (0.8, 0.5)):
+            for mu in (0.3, 1.0, 2.0, 8.0):
+                yield Case(group, (256, 320), (8,) * 3, mu, overlap=overlap)
+        for mu in (0.3, 1.0, 2.0, 8.0):
+            yield Case(group, (512, 512), (16,) * 3, mu, overlap=(0.8, 0.2))
+            yield Case(group, (256, 320), (8,) * 5, mu, overlap=(0.8, 0.2))
     if group == "certificate":
         for mu in (0.1, 0.3, 1.0, 4.0):
             for plant in (
@@ -279,7 +297,7 @@ def cases(group: str, loras: Path | None = None) -> Iterator[Case]:
             yield Case(group, (96, 96), (3,) * 5, mu, plant="another base")
 
 
-GROUPS = ("phase", "sizes", "models", "formats", "norms", "certificate", "loras")
+GROUPS = ("phase", "sizes", "models", "formats", "norms", "overlap", "certificate", "loras")
 
 
 def random_case(seed: int) -> Case:

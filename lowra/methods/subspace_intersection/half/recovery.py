@@ -36,7 +36,7 @@ RANK, OVER = 32, 1.5
 LIKELY = 12
 
 # A certificate needs three models, a misfit and a deviation of the held-out cells as these; and the variances must not
-# have been far off before the held-out cells calibrated them.
+# have been far off before the held-out cells calibrated them, nor be both somewhat off and somewhat off still.
 MODELS, MISFIT, DEVIATION, OVERCONFIDENCE = 3, 1.1, -0.05, -0.15
 
 # An explanation that leaves more weights open than this is not certified where the updates hide in the rounding, which
@@ -59,6 +59,9 @@ APPROACHES = ((0.2, 1000.0), (0.6, 30.0), (math.inf, 3.0))
 
 # Nats by which the held-out cells must prefer a base on no grid.
 OFF_GRID = 0.02
+
+# Turns without a grid and with it, at most.
+TURNS = 3
 
 # Share of the sure weights that lie on bfloat16's grid, in float16 merges, from which W is taken to be bfloat16.
 COARSER = 0.6
@@ -190,7 +193,7 @@ def certifiable(run: Run, models: int, hint: int | None, *, part: bool = False) 
         and max(run.misfit) <= MISFIT
         and (part or run.decoded.predicted >= OPEN or max(run.misfit) >= HIDDEN)
         and evidence.calibrated_deviation >= DEVIATION
-        and evidence.deviation >= OVERCONFIDENCE
+        and evidence.deviation + min(0.0, evidence.calibrated_deviation) >= OVERCONFIDENCE
     )
 
 
@@ -267,8 +270,10 @@ class Recoverer:
         if doubted and shared_direction(run.factors) < SHARED:
             # Without the grid lower ranks did: what the grid needs beyond them is a base that is not on it.
             excess = crowded(run.factors, self.hint) and 0 < self.counted < room(cells.stack.shape[1:])
-            if excess or self._off_grid(cells, run):
+            gridded = None if excess else self._on_grid(cells, run)
+            if gridded is None:
                 return None
+            run = gridded
         if part is not None:
             whole = replace(whole, base=cells.base, twice=cells.twice)
             factors = levels.extended(whole, part, run.factors, self.generator)
@@ -371,7 +376,7 @@ class Recoverer:
         for name, factors in self._starts(cells, estimate, faint):
             run = converge(cells, factors, clips, calm_rounds=calm_rounds)
             tried[name + label] = run.likelihood
-            if best is None or run.likelihood > best[1].likelihood:
+            if best is None or (run.likelihood > best[1].likelihood and not self._shares_more(name, run, best[1])):
                 best = name + label, run
             # Of faint updates a false explanation may predict as well as it says, but another start predicts better.
             enough = EASY_PART if part and faint >= FAINT else EASY
@@ -383,6 +388,12 @@ class Recoverer:
                 break  # no start finds what the merges do not show
         assert best is not None
         return best
+
+    def _shares_more(self, name: str, run: Run, best: Run) -> bool:
+        """Whether a fit at length found only what all updates share, which explains a base on no grid as well."""
+        if not name.endswith(AT_LENGTH):
+            return False
+        return shared_direction(run.factors) >= SHARED > shared_direction(best.factors)
 
     def _starts(self, cells: Cells, estimate: Tensor | None, faint: float) -> Iterator[tuple[str, Factors]]:
         """Name and factors of each start, in the order of trying."""
@@ -455,10 +466,28 @@ class Recoverer:
         decoded.weight = voted
         return decoded
 
-    def _off_grid(self, cells: Cells, run: Run) -> bool:
-        """Whether the held-out cells are predicted better without any grid for W."""
-        free = converge(replace(cells, base=None), run.factors, FROM_NEARBY, most=6)
-        return free.likelihood > run.likelihood + OFF_GRID
+    def _on_grid(self, cells: Cells, run: Run) -> Run | None:
+        """The run, or a better one, where W lies on the grid; None where held-out cells are predicted better without.
+
+        A run that is wrong confirms itself on the grid, and may find its way without. Taken in turns, the two end in
+        one that could be certified, or W is off the grid.
+        """
+        n, part = len(cells.stack), cells.stack.shape != self.stack.shape
+        free = self._freed(cells, run)
+        if free.likelihood <= run.likelihood + OFF_GRID:
+            return run
+        for _ in range(TURNS):
+            again = converge(cells, free.factors, FROM_NEARBY)
+            if again.likelihood <= run.likelihood + OFF_GRID:
+                return None
+            if certifiable(again, n, self.hint, part=part):
+                return again
+            run, free = again, self._freed(cells, again)
+        return None
+
+    def _freed(self, cells: Cells, run: Run) -> Run:
+        """What comes of a run where W is on no grid."""
+        return converge(replace(cells, base=None), run.factors, FROM_NEARBY, most=6)
 
 
 def faintness(cells: Cells) -> float:

@@ -51,8 +51,9 @@ STILL = 1e-3
 # Rounds at most.
 MOST = 16
 
-# The round, from 0, in which a run ends that leaves something over and predicts held-out cells worse than in its first.
-HOPELESS = 4
+# The round, from 0, in which a run ends that leaves more over than this and predicts held-out cells worse than in its
+# first.
+HOPELESS, FAR_FROM_IT = 4, 1.3
 
 # Directions are pruned from this clip on: below it, small weights cannot yet speak for the directions that only they
 # see.
@@ -145,7 +146,7 @@ def converge(
             best = Run(factors, misfit, decoded, t + 1, still >= calm_rounds, edge, variances, sites)
         if still >= calm_rounds and following <= limit:
             break
-        if t == HOPELESS and trace[t][2] < trace[0][2] and max(misfit) > LEFT_OVER:
+        if t == HOPELESS and trace[t][2] < trace[0][2] and max(misfit) > FAR_FROM_IT:
             break
         limit = following
         if decoded.slope is not None:
