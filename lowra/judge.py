@@ -35,8 +35,8 @@ from lowra.plan import Plan, Task, Variant, options
 from lowra.records import COORDINATES, LAYER_FIELDS, SCORE, KeptWeights, Store, dumps, key_of, model_digest
 from lowra.reporting import kept
 
-# A recovered weight that waits for a metric is kept on disk where reading its layer and recovering it again would take
-# longer than writing it, at this many bytes a second.
+# A recovered weight that waits for a metric is kept on disk where recovering it again takes longer than writing it,
+# at this many bytes a second. (One candidate of LoRA FT is one of the merges: nothing is gained by keeping that.)
 DISK_BYTES_PER_SECOND = 2e8
 
 # Layers of up to so many weights (1024 x 1024) are recovered on one thread.
@@ -88,10 +88,8 @@ class LayerJudge:
             torch.set_num_threads(self.threads)
 
     def _judged(self, task: Task) -> list[dict[str, Any]]:
-        started = time.perf_counter()
         layer = self.table.read(task.index, task.draw.models)
         merged = self._released(layer, task)
-        reading = time.perf_counter() - started
         floor = floor_error(merged, layer)
         observation = self._observe(layer, task, merged)
         measured = []
@@ -100,8 +98,7 @@ class LayerJudge:
             if candidates is None:  # whatever it did to the stack, nobody else gets that
                 observation = self._observe(layer, task)
             if candidates is not None and self.digests:
-                again = reading + found["seconds"]
-                found["weights"] = [self._kept(candidate, again / len(candidates)) for candidate in candidates]
+                found["weights"] = [self._kept(candidate, found) for candidate in candidates]
             measured.append(found | {"floor_w_error": floor})
         return measured
 
@@ -162,11 +159,12 @@ class LayerJudge:
             "history": dumps(watched.beside(recovery.history)) if recovery.history else None,
         }, candidates
 
-    def _kept(self, candidate: Tensor, seconds: float) -> str:
-        """The digest of a candidate; kept for the metrics where having it again would take longer than writing it."""
+    def _kept(self, candidate: Tensor, found: Mapping[str, Any]) -> str:
+        """The digest of a candidate; kept for the metrics where it cannot be had again for less."""
         weight = candidate.float().contiguous()
         name = weight_digest(weight)
-        if self.keep is not None and seconds > weight.numel() * weight.element_size() / DISK_BYTES_PER_SECOND:
+        slow = found["seconds"] > found["candidates"] * weight.numel() * weight.element_size() / DISK_BYTES_PER_SECOND
+        if self.keep is not None and slow:
             self.keep.keep(name, weight)
         return name
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -102,6 +103,7 @@ def recover(
     plan: Plan, store: Store, judge: LayerJudge, models: ModelJudge, jobs: int, threads: int, outcome: Outcome
 ) -> None:
     """Recover all layers that are not there, and score each draw's models when its layers are all there."""
+    torch.set_num_threads(threads)  # this process scores while the others recover
     active = list(plan.variants)
     mine = shares(plan)
     remaining = dict.fromkeys(plan.draws, 0)

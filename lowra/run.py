@@ -24,8 +24,8 @@ def run(cfg: DictConfig) -> Any:
     from lowra.settings import check_settings
 
     check_settings(cfg)  # before any process is started
-    # They import torch while this process does.
-    with pool.started(cfg.jobs, "lowra.judge"):
+    # They import torch while this process does; pandas too, which pyarrow asks for when it reads its first layer.
+    with pool.started(cfg.jobs, "lowra.judge", "pandas"):
         with uncollected():
             import pandas  # noqa: F401
 

@@ -130,11 +130,8 @@ def to_tensor(array: pa.Array, what: str) -> Tensor:
         array = inner
     if not pa.types.is_floating(array.type):
         raise LowraError(f"{what} holds {array.type} values; expected float16 or float32 numbers in nested lists.")
-    # Not by `to_numpy`, which imports pandas. The copy detaches the tensor from memory-mapped, read-only pages: an
-    # in-place operation on it stays legal.
-    kind = np.dtype(array.type.to_pandas_dtype())  # numpy's type, for all its name
-    stored = np.frombuffer(array.buffers()[1] or b"", kind, len(array), array.offset * kind.itemsize)
-    values = np.array(stored, dtype=np.float32, copy=True)
+    # The copy detaches the tensor from memory-mapped, read-only pages: an in-place operation on it stays legal.
+    values = np.array(array.to_numpy(zero_copy_only=True), dtype=np.float32, copy=True)
     while len(shape) > 2 and shape[-1] == 1:
         shape.pop()
     return torch.from_numpy(values).reshape(shape)
