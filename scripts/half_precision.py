@@ -149,6 +149,9 @@ class Row:
     start: str = ""
 
 
+# Overlaps of columns and rows that are plants of their own.
+OVERLAPS = {"shared A": (0.0, 1.0), "nearly shared A": (0.0, 0.99), "shared B": (1.0, 0.0)}
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -165,6 +168,7 @@ def planted(case: Case, seed: int) -> tuple[Tensor, Tensor]:
     ulp = torch.exp2(torch.floor(torch.log2(weight.abs().clamp(min=grid.tiny)))) * grid.eps
     size = case.mu * float(ulp.square().mean().sqrt())
     shared_left, shared_right = draw(d, max(case.ranks)), draw(k, max(case.ranks))
+    overlap = OVERLAPS.get(case.plant, case.overlap)
     updates = []
     if case.files:
         read = [real_update(file, case.layer) for file in case.files]
@@ -172,18 +176,10 @@ def planted(case: Case, seed: int) -> tuple[Tensor, Tensor]:
         updates = [update * (size / math.sqrt(mean)) for update in read]
     for i, rank in enumerate(() if case.files else case.ranks):
         left, right = draw(d, rank), draw(k, rank)
-        if any(case.overlap):
-            shared = (shared_left[:, :rank], shared_right[:, :rank])
-            left, right = (
-                math.sqrt(share) * common + math.sqrt(1 - share) * own
-                for share, common, own in zip(case.overlap, shared, (left, right), strict=True)
-            )
-        if case.plant == "shared A":
-            right = shared_right[:, :rank]
-        if case.plant == "nearly shared A":
-            right = math.sqrt(0.99) * shared_right[:, :rank] + 0.1 * right
-        if case.plant == "shared B":
-            left = shared_left[:, :rank]
+        left, right = (
+            math.sqrt(share) * common[:, :rank] + math.sqrt(1 - share) * own
+            for share, common, own in zip(overlap, (shared_left, shared_right), (left, right), strict=True)
+        )
         values = torch.logspace(0, math.log10(case.decay), rank) if rank > 1 else torch.ones(1)
         update = (torch.linalg.qr(left).Q * values) @ torch.linalg.qr(right).Q.mT
         update *= size * case.norms[i % len(case.norms)] / update.square().mean().sqrt()

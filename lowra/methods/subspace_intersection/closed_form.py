@@ -162,7 +162,7 @@ def from_three(problem: Problem, parts: list[RowSpace]) -> Answer:
             solution, evidence = told
         contradicted = solution.exceeds(hint) or solution.falls_short(hint)
     determined = evidence.predicted is not None
-    ranks = counted if problem.rough and evidence.predicted is None else solution.tangents.ranks
+    ranks = solution.tangents.ranks if determined or not problem.rough else counted
     joint_rows = core.right
     if evidence.shared_columns or evidence.shared_rows:
         # The hint is a rank of updates that hold what they share; it blurs which directions those are.

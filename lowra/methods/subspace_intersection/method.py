@@ -161,7 +161,7 @@ class SubspaceIntersection:
         solver = Recoverer(
             stack if len(used) == len(stack) else stack[used],
             tuple(stored[i] for i in used),
-            answer.estimate if any(answer.ranks) else None,  # without updates that is the mean
+            answer.estimate if any(answer.ranks) else None,  # where no update was found, that is the mean
             answer.predicted is not None,
             problem.unit,
             max(answer.ranks, default=0),

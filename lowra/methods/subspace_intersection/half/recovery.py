@@ -76,9 +76,6 @@ EASY_PART = 0.95
 # Rounds between two additions of directions.
 GROWING = 4
 
-# How names of starts end that are fitted at length (see `approached`).
-AT_LENGTH = ", at length"
-
 # Clips of the rounds where the updates are faintest, of those that finish what a part began, and of those where it has
 # seen all directions.
 AT_ONCE = (1000.0,)
@@ -166,6 +163,11 @@ def shared_direction(factors: Factors) -> float:
     return found
 
 
+def shares(run: Run, other: Run) -> bool:
+    """Whether only the first has a direction that all updates share, which explains a base on no grid as well."""
+    return shared_direction(run.factors) >= SHARED > shared_direction(other.factors)
+
+
 def room(shape: tuple[int, ...] | torch.Size) -> int:
     """The largest rank that is looked for in a (d, k) layer."""
     return max(1, min(shape) // 4)
@@ -217,6 +219,20 @@ def formats(stack: Tensor) -> tuple[torch.dtype, ...] | None:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where a run begins: an estimate of W (d, k), and the rank of the updates fitted to it.
+
+    clip, at_length: of that fit (see `approached`); no clip where W is near enough without.
+    """
+
+    name: str
+    weight: Tensor
+    rank: int
+    clip: float | None = None
+    at_length: bool = False
+
+
+@dataclass(frozen=True)
 class Recoverer:
     """One layer, its starts and its choices.
 
@@ -256,17 +272,16 @@ class Recoverer:
         if part is not None:
             stack = part.of(self.stack)
             cells = replace(whole, stack=stack, held=hold_out(stack, self.generator))
-        estimate = self._estimate(part)
-        name, run = self._chosen(cells, estimate, tried)
+        estimate, faint = self._estimate(part), faintness(cells)
+        name, run = self._chosen(cells, estimate, faint, tried)
         if max(run.misfit) > MISFIT:
             other = replace(cells, twice=True)
-            again, rerun = self._chosen(other, estimate, tried, " of updates rounded before")
+            again, rerun = self._chosen(other, estimate, faint, tried, " of updates rounded before")
             if rerun.likelihood > run.likelihood + SLACK:
                 name, run, cells = again, rerun, other
         if base == torch.float16:
             cells, run, base = self._coarser(cells, run)
-        enough = EASY_PART if part is not None and faintness(cells) >= FAINT else EASY
-        doubted = not certifiable(run, n, self.hint, part=part is not None) or run.decoded.predicted < enough
+        doubted = not self._certifiable(cells, run) or run.decoded.predicted < self._easy(cells, faint)
         if doubted and shared_direction(run.factors) < SHARED:
             # Without the grid lower ranks did: what the grid needs beyond them is a base that is not on it.
             excess = crowded(run.factors, self.hint) and 0 < self.counted < room(cells.stack.shape[1:])
@@ -277,7 +292,6 @@ class Recoverer:
         if part is not None:
             whole = replace(whole, base=cells.base, twice=cells.twice)
             factors = levels.extended(whole, part, run.factors, self.generator)
-            faint = faintness(cells)
             clear = run.edge > CLEAR and max(run.misfit) <= MISFIT and faint >= FAINT
             missing = max(0, (self.hint or 0) - min(factors.ranks))
             if self.hint is None and not clear:
@@ -364,66 +378,68 @@ class Recoverer:
         )
 
     def _chosen(
-        self, cells: Cells, estimate: Tensor | None, tried: dict[str, float], label: str = ""
+        self, cells: Cells, estimate: Tensor | None, faint: float, tried: dict[str, float], label: str = ""
     ) -> tuple[str, Run]:
         """The start whose rounds predict the held-out cells best."""
         best: tuple[str, Run] | None = None
-        n = len(cells.stack)
-        part = cells.stack.shape != self.stack.shape
         # The whole layer will have rounds of its own.
-        clips, calm_rounds = (FROM_AFAR, 1) if part else (FROM_NEARBY, 2)
-        faint = faintness(cells)
-        for name, factors in self._starts(cells, estimate, faint):
+        clips, calm_rounds = (FROM_AFAR, 1) if self._is_part(cells) else (FROM_NEARBY, 2)
+        enough = self._easy(cells, faint)
+        for start, factors in self._starts(cells, estimate, faint):
             run = converge(cells, factors, clips, calm_rounds=calm_rounds)
-            tried[name + label] = run.likelihood
-            if best is None or (run.likelihood > best[1].likelihood and not self._shares_more(name, run, best[1])):
-                best = name + label, run
+            tried[start.name + label] = run.likelihood
+            if best is None or (run.likelihood > best[1].likelihood and not (start.at_length and shares(run, best[1]))):
+                best = start.name + label, run
             # Of faint updates a false explanation may predict as well as it says, but another start predicts better.
-            enough = EASY_PART if part and faint >= FAINT else EASY
-            if certifiable(best[1], n, self.hint, part=part) and best[1].decoded.predicted >= enough:
+            if self._certifiable(cells, best[1]) and best[1].decoded.predicted >= enough:
                 break
-            if name.endswith(AT_LENGTH) and max(run.misfit) <= MISFIT and run.decoded.predicted >= enough:
+            if start.at_length and max(run.misfit) <= MISFIT and run.decoded.predicted >= enough:
                 break  # all that a part of the layer shows
             if len(tried) > 2 and shared_direction(best[1].factors) >= SHARED:
                 break  # no start finds what the merges do not show
         assert best is not None
         return best
 
-    def _shares_more(self, name: str, run: Run, best: Run) -> bool:
-        """Whether a fit at length found only what all updates share, which explains a base on no grid as well."""
-        if not name.endswith(AT_LENGTH):
-            return False
-        return shared_direction(run.factors) >= SHARED > shared_direction(best.factors)
+    def _is_part(self, cells: Cells) -> bool:
+        """Whether the cells are of a part of the layer."""
+        return cells.stack.shape != self.stack.shape
 
-    def _starts(self, cells: Cells, estimate: Tensor | None, faint: float) -> Iterator[tuple[str, Factors]]:
-        """Name and factors of each start, in the order of trying."""
+    def _certifiable(self, cells: Cells, run: Run) -> bool:
+        """Whether a run on some cells is, see `certifiable`."""
+        return certifiable(run, len(cells.stack), self.hint, part=self._is_part(cells))
+
+    def _easy(self, cells: Cells, faint: float) -> float:
+        """The predicted share from which nothing else is tried."""
+        return EASY_PART if self._is_part(cells) and faint >= FAINT else EASY
+
+    def _starts(self, cells: Cells, estimate: Tensor | None, faint: float) -> Iterator[tuple[Start, Factors]]:
+        """Each start and its factors, in the order of trying: what is fitted at length after what may do without."""
         most = room(cells.stack.shape[1:])
         counted = math.ceil(OVER * self.counted) + 4
         rank = min(most, self.hint if self.hint is not None else max(RANK, counted))
-        clips = [clip for bound, clip in APPROACHES if faint < bound]
-        order: list[tuple[str, Tensor, int, float | None]] = [
-            (name, vote(cells.stack), rank, clip) for name, clip in zip(("vote", "vote, again"), clips, strict=False)
-        ]
-        # What is fitted at length, if what is fitted at ease does not do: see `APPROACH_AT_LENGTH`.
-        order.insert(1, ("vote, at length", order[0][1], rank, clips[0]))
+        first, *more = (clip for bound, clip in APPROACHES if faint < bound)
+        voted = vote(cells.stack)
+        order = [Start("vote", voted, rank, first), Start("vote, at length", voted, rank, first, at_length=True)]
+        order += [Start("vote, again", voted, rank, clip) for clip in more[:1]]
         if estimate is not None and self.determined:
-            closed = "closed form", estimate, min(most, self.hint if self.hint is not None else counted), None
+            fewer = min(most, self.hint if self.hint is not None else counted)
+            closed = Start("closed form", estimate, fewer)
             if faint < FAINT:
                 order.insert(1, closed)
             else:
-                at_length = "closed form, at length", estimate, closed[2], clips[0]
+                at_length = Start("closed form, at length", estimate, fewer, first, at_length=True)
                 order = [closed, at_length, *(order if faint < VOTE else [])]
         elif estimate is not None:
-            order.insert(1, ("open closed form, at length", estimate, rank, clips[0]))
-        for name, weight, wanted, clip in order:
-            factors = self._factored(cells, weight, wanted)
-            if name.startswith("open"):
-                other = self._factored(cells, order[0][1], wanted)
-                if unexplained(cells, weight, factors) > unexplained(cells, order[0][1], other):
+            order.insert(1, Start("open closed form, at length", estimate, rank, first, at_length=True))
+        for start in order:
+            factors = self._factored(cells, start.weight, start.rank)
+            if start.weight is estimate and not self.determined:
+                other = self._factored(cells, voted, start.rank)
+                if unexplained(cells, estimate, factors) > unexplained(cells, voted, other):
                     continue
-            if clip is not None:
-                factors = approached(cells, factors, clip, at_length=name.endswith(AT_LENGTH))
-            yield name, factors
+            if start.clip is not None:
+                factors = approached(cells, factors, start.clip, at_length=start.at_length)
+            yield start, factors
 
     def _factored(self, cells: Cells, weight: Tensor, rank: int) -> Factors:
         """Factors of what all models have beside a weight (d, k), in the units of the cells."""
@@ -472,7 +488,6 @@ class Recoverer:
         A run that is wrong confirms itself on the grid, and may find its way without. Taken in turns, the two end in
         one that could be certified, or W is off the grid.
         """
-        n, part = len(cells.stack), cells.stack.shape != self.stack.shape
         free = self._freed(cells, run)
         if free.likelihood <= run.likelihood + OFF_GRID:
             return run
@@ -480,7 +495,7 @@ class Recoverer:
             again = converge(cells, free.factors, FROM_NEARBY)
             if again.likelihood <= run.likelihood + OFF_GRID:
                 return None
-            if certifiable(again, n, self.hint, part=part):
+            if self._certifiable(cells, again):
                 return again
             run, free = again, self._freed(cells, again)
         return None
