@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.half.parts import in_parts, spans
+from lowra.methods.subspace_intersection.half.preconditioner import Side, shared_precision
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, NARROWEST, Cells, Sites
 
 # A direction j of model i is kept while S_ij^2 theta_i / (d + k) exceeds this: half the smallest size at which the
@@ -36,8 +37,8 @@ PROBED = 192
 # more rows to a block they are faster, and there are few other passes that want the cache.
 MIXED, PRODUCT_BLOCK = 48, 2**19
 
-# Steps tried along the Gauss-Newton direction.
-LENGTHS = (1.0, 1 / 3, 1 / 9, 1 / 27, 1 / 81)
+# Steps tried along the Gauss-Newton direction: from afar the whole one often goes too far, and a third not far enough.
+LENGTHS = (1.0, 0.6, 0.35, 0.2, 0.1, 0.03, 0.01)
 
 
 @dataclass(frozen=True)
@@ -233,27 +234,37 @@ class Quadratic:
             left = [part.zero_() for part in left]
         return Factors(tuple(left), tuple(right))
 
+    def _told_apart(self, change: Factors) -> Factors:
+        """A change less what leaves every update as it is: L A on one side and -R A^T on the other, for any A.
+
+        Only the ridge sees such a change, which makes the fit's linear system next to singular. The factors are
+        balanced; where those of one side stay, there is none.
+        """
+        if self.only != "both":
+            return change
+        lefts, rights = [], []
+        pairs = zip(self.factors.left, self.factors.right, change.left, change.right, self.factors.sizes(), strict=True)
+        for left, right, by_left, by_right, s in pairs:
+            idle = (left.mT @ by_left).sub_((right.mT @ by_right).mT).div_(s + s[:, None])
+            lefts.append(torch.addmm(by_left, left, idle, alpha=-1))
+            rights.append(torch.addmm(by_right, right, idle.mT))
+        return Factors(tuple(lefts), tuple(rights))
+
     def step(self, slope: Factors, variances: Variances, iterations: int, tolerance: float) -> Factors:
         """The change that minimises the model, by preconditioned conjugate gradients.
 
-        In balanced factors the block of a row a is about theta_a diag S + d / S, theta_a the effective precision.
+        Among changes that differ in what leaves every update as it is, one without.
         """
-        d, k = self.sites.precision.shape[1:]
         slope = self._masked(list(slope.left), list(slope.right))
-        scales = [
-            (theta_a[:, None] * s + d / s, theta_b[:, None] * s + k / s)
-            for s, (theta_a, theta_b) in zip(
-                self.sizes or self.factors.sizes(), variances.precision(self.factors.ranks), strict=True
-            )
-        ]
+        here, sizes = self.factors, self.sizes or self.factors.sizes()
+        lines = zip(*variances.precision(here.ranks), strict=True)
+        by_side = zip(lines, shared_precision(self.sites, variances), (here.right, here.left), strict=True)
+        left, right = (Side.of(torch.stack(line), shared, known, sizes) for line, shared, known in by_side)
 
         def precondition(rest: Factors) -> Factors:
-            return Factors(
-                tuple(part / scale[0] for part, scale in zip(rest.left, scales, strict=True)),
-                tuple(part / scale[1] for part, scale in zip(rest.right, scales, strict=True)),
-            )
+            return self._told_apart(Factors(left.solve(rest.left), right.solve(rest.right)))
 
-        rest = slope
+        rest = self._told_apart(slope)
         direction = precondition(rest)
         size = first = rest.dot(direction)
         change = direction.moved(direction, -1.0)
@@ -263,7 +274,7 @@ class Quadratic:
             image = self.product(direction)
             length = size / direction.dot(image)
             change = change.moved(direction, length)
-            rest = rest.moved(image, -length)
+            rest = rest.moved(self._told_apart(image), -length)
             step = precondition(rest)
             before, size = size, rest.dot(step)
             direction = step.moved(direction, size / before)

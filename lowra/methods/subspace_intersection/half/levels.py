@@ -25,7 +25,7 @@ SMALL = 2**18
 LEAST, PER_RANK = 384, 20
 
 # A part larger than this share of the layer does not pay.
-WORTH = 0.4
+WORTH = 0.5
 
 # Clip and iterations of the extensions, which are linear.
 EXTENSION_CLIP, EXTENSION_ITERATIONS, EXTENSION_TOLERANCE = 3.0, 12, 0.01

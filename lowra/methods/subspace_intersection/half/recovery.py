@@ -29,7 +29,8 @@ from lowra.methods.subspace_intersection.half.signal import update_sizes
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, hold_out, plain_sites, unit
 from lowra.methods.subspace_intersection.half.start import factored, unexplained, vote
 
-# Ranks that nobody tells are over-estimated: at least this, and this many times what the closed form counts.
+# Ranks that nobody tells are over-estimated: at least this, and this many times what the closed form counts. Poor
+# starts find their way in fewer steps with directions to spare.
 RANK, OVER = 32, 1.5
 
 # Rank that parts of a layer are sized for, at least.
@@ -50,15 +51,18 @@ OPEN, HIDDEN = 0.988, 0.82
 SHARED = 0.95
 
 # Updates below this many cells, in root mean square, are fitted from the vote before they are from the closed form,
-# which sees too few of their directions. And the vote is tried at all up to the second.
-FAINT, VOTE = 0.7, 1.5
+# which sees too few of their directions.
+FAINT = 0.7
+
+# Updates above this many cells: the first explanation that could be certified is taken.
+CLEARLY_SEEN = 1.5
 
 # Sizes of updates, in cells, up to which a vote is approached at a clip, the first that holds first: the fainter the
 # updates, the more only the smallest weights show them.
 APPROACHES = ((0.2, 1000.0), (0.6, 30.0), (math.inf, 3.0))
 
 # Nats by which the held-out cells must prefer a base on no grid.
-OFF_GRID = 0.02
+OFF_GRID = 0.06
 
 # Turns without a grid and with it, at most.
 TURNS = 3
@@ -222,14 +226,13 @@ def formats(stack: Tensor) -> tuple[torch.dtype, ...] | None:
 class Start:
     """Where a run begins: an estimate of W (d, k), and the rank of the updates fitted to it.
 
-    clip, at_length: of that fit (see `approached`); no clip where W is near enough without.
+    clip: of that fit (see `approached`); none where W is near enough without.
     """
 
     name: str
     weight: Tensor
     rank: int
     clip: float | None = None
-    at_length: bool = False
 
 
 @dataclass(frozen=True)
@@ -282,7 +285,8 @@ class Recoverer:
         if base == torch.float16:
             cells, run, base = self._coarser(cells, run)
         doubted = not self._certifiable(cells, run) or run.decoded.predicted < self._easy(cells, faint)
-        if doubted and shared_direction(run.factors) < SHARED:
+        # What is over a grid that W is not on looks like a direction that faint updates share.
+        if doubted and (shared_direction(run.factors) < SHARED or faint < FAINT):
             # Without the grid lower ranks did: what the grid needs beyond them is a base that is not on it.
             excess = crowded(run.factors, self.hint) and 0 < self.counted < room(cells.stack.shape[1:])
             gridded = None if excess else self._on_grid(cells, run)
@@ -309,13 +313,15 @@ class Recoverer:
                 run = converge(whole, factors, FROM_NEARBY)
             else:
                 clips = FINISH if missing else FINISH_CLEAR
-                run = converge(whole, factors, clips, most=len(clips) + 1, good=True)
+                run = converge(whole, factors, clips, most=len(clips) + 3, good=True, calm_rounds=1)
                 if max(run.misfit) > LEFT_OVER or not certifiable(run, n, self.hint):
                     run = self._grown(whole, run, FINISH[-1:], good=True)
         decoded, certified = run.decoded, certifiable(run, n, self.hint)
         if not certified or decoded.predicted < EASY:
             alone = self._unfitted(whole)
-            if alone.predicted > decoded.predicted or alone.evidence.likelihood > run.likelihood:
+            # Along what all updates share a fit goes anywhere, and one that explains too little has.
+            astray = shared_direction(run.factors) >= SHARED and max(run.misfit) > MISFIT
+            if astray or alone.predicted > decoded.predicted or alone.evidence.likelihood > run.likelihood:
                 return self._answer(alone, "vote", base, scale, tried)
         if certified:
             doubt(whole if part is not None else cells, run)
@@ -388,12 +394,12 @@ class Recoverer:
         for start, factors in self._starts(cells, estimate, faint):
             run = converge(cells, factors, clips, calm_rounds=calm_rounds)
             tried[start.name + label] = run.likelihood
-            if best is None or (run.likelihood > best[1].likelihood and not (start.at_length and shares(run, best[1]))):
+            if best is None or (run.likelihood > best[1].likelihood and not (start.clip and shares(run, best[1]))):
                 best = start.name + label, run
             # Of faint updates a false explanation may predict as well as it says, but another start predicts better.
-            if self._certifiable(cells, best[1]) and best[1].decoded.predicted >= enough:
+            if self._certifiable(cells, best[1]) and (best[1].decoded.predicted >= enough or faint > CLEARLY_SEEN):
                 break
-            if start.at_length and max(run.misfit) <= MISFIT and run.decoded.predicted >= enough:
+            if start.clip and max(run.misfit) <= MISFIT and run.decoded.predicted >= enough:
                 break  # all that a part of the layer shows
             if len(tried) > 2 and shared_direction(best[1].factors) >= SHARED:
                 break  # no start finds what the merges do not show
@@ -413,24 +419,21 @@ class Recoverer:
         return EASY_PART if self._is_part(cells) and faint >= FAINT else EASY
 
     def _starts(self, cells: Cells, estimate: Tensor | None, faint: float) -> Iterator[tuple[Start, Factors]]:
-        """Each start and its factors, in the order of trying: what is fitted at length after what may do without."""
+        """Each start and its factors, in the order of trying."""
         most = room(cells.stack.shape[1:])
         counted = math.ceil(OVER * self.counted) + 4
         rank = min(most, self.hint if self.hint is not None else max(RANK, counted))
         first, *more = (clip for bound, clip in APPROACHES if faint < bound)
         voted = vote(cells.stack)
-        order = [Start("vote", voted, rank, first), Start("vote, at length", voted, rank, first, at_length=True)]
+        order = [Start("vote", voted, rank, first)]
         order += [Start("vote, again", voted, rank, clip) for clip in more[:1]]
         if estimate is not None and self.determined:
             fewer = min(most, self.hint if self.hint is not None else counted)
             closed = Start("closed form", estimate, fewer)
-            if faint < FAINT:
-                order.insert(1, closed)
-            else:
-                at_length = Start("closed form, at length", estimate, fewer, first, at_length=True)
-                order = [closed, at_length, *(order if faint < VOTE else [])]
+            order = [order[0], closed, *order[1:]] if faint < FAINT else [closed, *order]
+            order.append(Start("closed form, approached", estimate, rank, first))
         elif estimate is not None:
-            order.insert(1, Start("open closed form, at length", estimate, rank, first, at_length=True))
+            order.insert(1, Start("open closed form", estimate, rank, first))
         for start in order:
             factors = self._factored(cells, start.weight, start.rank)
             if start.weight is estimate and not self.determined:
@@ -438,7 +441,7 @@ class Recoverer:
                 if unexplained(cells, estimate, factors) > unexplained(cells, voted, other):
                     continue
             if start.clip is not None:
-                factors = approached(cells, factors, start.clip, at_length=start.at_length)
+                factors = approached(cells, factors, start.clip)
             yield start, factors
 
     def _factored(self, cells: Cells, weight: Tensor, rank: int) -> Factors:

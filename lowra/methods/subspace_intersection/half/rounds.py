@@ -32,15 +32,10 @@ FROM_NEARBY = (*FROM_AFAR, 3000.0)
 # decoded is firm enough as it is.
 FEW_OPEN, BURIED, LEFT_OVER = 0.985, 0.6, 1.01
 
-# Steps of a poor start before the first round.
-APPROACH = 6
-
-# The same at length, at most; they end when no update moves by more than a share of itself. Where updates have much of
-# their spaces in common, W can move far with hardly a change in how well all is explained, and the fit sees such
-# directions only if its linear systems are solved well: with a cosine of 0.8 between the column spaces, the iterations
-# of other steps took 2% a step off the updates' errors, and what was then decoded was wrong.
-APPROACH_AT_LENGTH, ARRIVED = 12, 0.02
-ITERATIONS_AT_LENGTH, TOLERANCE_AT_LENGTH = 60, 0.005
+# Steps of a poor start before the first round, at most; they end when no update moves by more than a share of itself.
+# Their linear systems are solved well: what is decoded too early is wrong, and confirms itself.
+APPROACH, ARRIVED = 12, 0.02
+APPROACH_ITERATIONS, APPROACH_TOLERANCE = 60, 0.01
 
 # Conjugate gradient iterations of a step, and the relative residual that ends them.
 ITERATIONS, TOLERANCE = 15, 0.05
@@ -157,24 +152,22 @@ def converge(
     return best
 
 
-def approached(cells: Cells, factors: Factors, clip: float, *, at_length: bool = False) -> Factors:
-    """Factors from a poor start, fitted to the cells as normal errors: nothing is decoded yet.
+def approached(cells: Cells, factors: Factors, clip: float) -> Factors:
+    """Factors from a poor start, fitted to the cells as normal errors until they stay: nothing is decoded yet.
 
     What a poor start decodes confirms it, directions too many above all. Without, the fit finds the same updates from
-    the vote and from the mean, at the true rank and at twice that. at_length: as far as it takes.
+    the vote and from the mean, at the true rank and at twice that.
     """
     limit = clip * MEDIAN
     sites = plain_sites(cells, limit)
     variances: Variances | None = None
-    iterations = ITERATIONS_AT_LENGTH if at_length else ITERATIONS
-    tolerance = TOLERANCE_AT_LENGTH if at_length else TOLERANCE
-    for _ in range(APPROACH_AT_LENGTH if at_length else APPROACH):
+    for _ in range(APPROACH):
         factors = before = factors.balanced()
         variances = effective_variances(sites, factors.ranks, variances)
         down = slope(cells, sites, factors)
-        change = Quadratic(cells, sites, factors).step(down, variances, iterations, tolerance)
+        change = Quadratic(cells, sites, factors).step(down, variances, APPROACH_ITERATIONS, APPROACH_TOLERANCE)
         factors, _ = searched(cells, sites, factors, change, limit)
-        if at_length and max(factors.distances(before)) < ARRIVED:
+        if max(factors.distances(before)) < ARRIVED:
             break
     return factors
 
