@@ -50,6 +50,10 @@ OPEN, HIDDEN = 0.988, 0.82
 # updates have .4 to .7, with a cosine of .8 between their spaces .87, with one of .99 .993.
 SHARED = 0.95
 
+# The same from which a whole layer takes a few rounds more to come to rest, and the unknowns of an update over its
+# equations.
+CLOSE, DENSE = 0.75, 0.05
+
 # Updates below this many cells, in root mean square, are fitted from the vote before they are from the closed form,
 # which sees too few of their directions.
 FAINT = 0.7
@@ -296,6 +300,7 @@ class Recoverer:
         if part is not None:
             whole = replace(whole, base=cells.base, twice=cells.twice)
             factors = levels.extended(whole, part, run.factors, self.generator)
+            slow = max(factors.ranks) * (d + k) > DENSE * d * k or shared_direction(factors) >= CLOSE
             clear = run.edge > CLEAR and max(run.misfit) <= MISFIT and faint >= FAINT
             missing = max(0, (self.hint or 0) - min(factors.ranks))
             if self.hint is None and not clear:
@@ -313,7 +318,8 @@ class Recoverer:
                 run = converge(whole, factors, FROM_NEARBY)
             else:
                 clips = FINISH if missing else FINISH_CLEAR
-                run = converge(whole, factors, clips, most=len(clips) + 3, good=True, calm_rounds=1)
+                most = len(clips) + (3 if slow else 1)
+                run = converge(whole, factors, clips, most=most, good=True, calm_rounds=1)
                 if max(run.misfit) > LEFT_OVER or not certifiable(run, n, self.hint):
                     run = self._grown(whole, run, FINISH[-1:], good=True)
         decoded, certified = run.decoded, certifiable(run, n, self.hint)
