@@ -119,6 +119,8 @@ def _workers(
     """Results of calls in worker processes as they come; closing the iterator stops the processes."""
     from joblib import Parallel, delayed, parallel_config
 
+    # Large layers leave more on a worker's heap than loky takes for sound: it starts another, and nobody need know.
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
     # Watched from its first moment: a worker that is still importing when its parent is killed would wait for minutes.
     watched = {"initializer": _watch_parent, "initargs": (os.getpid(),)}
     with _signals_blocked(), parallel_config(backend="loky", inner_max_num_threads=threads, **watched):

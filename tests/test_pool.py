@@ -82,6 +82,20 @@ def test_tasks_are_taken_as_workers_become_free() -> None:
     results.close()
 
 
+HOARD: list[torch.Tensor] = []
+
+
+def hoarding(task: int) -> int:
+    HOARD.append(torch.ones(90_000_000))  # 360 MB, as the heap keeps of a large layer
+    time.sleep(1.1)  # workers are looked at once a second
+    return task
+
+
+def test_a_worker_that_has_grown_is_replaced_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+    assert sorted(result for _, result in pool.run(hoarding, range(6), jobs=2, threads=1)) == [*range(6)]
+    assert not [str(warning.message) for warning in recwarn if "worker" in str(warning.message)]
+
+
 def failing(task: int) -> int:
     raise LowraError(f"task {task} cannot be done")
 
