@@ -27,8 +27,8 @@ LEAST, PER_RANK = 384, 20
 # A part larger than this share of the layer does not pay.
 WORTH = 0.5
 
-# Clip and iterations of the extensions, which are linear.
-EXTENSION_CLIP, EXTENSION_ITERATIONS, EXTENSION_TOLERANCE = 3.0, 12, 0.01
+# Clip and iterations of the extensions, which are linear. At a lower clip faint directions drown in the noise.
+EXTENSION_CLIP, EXTENSION_ITERATIONS, EXTENSION_TOLERANCE = 30.0, 12, 0.01
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,10 @@ OFF_GRID = 0.06
 # Turns without a grid and with it, at most.
 TURNS = 3
 
+# Held-out cells that are predicted worse than expected by more nats than this, before calibration: a direction is
+# missing, most often one that the part of a layer did not show.
+LACKING = -0.02
+
 # Share of the sure weights that lie on bfloat16's grid, in float16 merges, from which W is taken to be bfloat16.
 COARSER = 0.6
 
@@ -320,8 +324,10 @@ class Recoverer:
                 clips = FINISH if missing else FINISH_CLEAR
                 most = len(clips) + (3 if slow else 1)
                 run = converge(whole, factors, clips, most=most, good=True, calm_rounds=1)
-                if max(run.misfit) > LEFT_OVER or not certifiable(run, n, self.hint):
+                if max(run.misfit) > LEFT_OVER or run.deviation < LACKING or not certifiable(run, n, self.hint):
                     run = self._grown(whole, run, FINISH[-1:], good=True)
+        elif run.deviation < LACKING and self._certifiable(cells, run):
+            run = self._grown(cells, run, FINISH[-1:], good=True)
         decoded, certified = run.decoded, certifiable(run, n, self.hint)
         if not certified or decoded.predicted < EASY:
             alone = self._unfitted(whole)
