@@ -234,7 +234,7 @@ class Quadratic:
             left = [part.zero_() for part in left]
         return Factors(tuple(left), tuple(right))
 
-    def _told_apart(self, change: Factors) -> Factors:
+    def _without_idle(self, change: Factors) -> Factors:
         """A change less what leaves every update as it is: L A on one side and -R A^T on the other, for any A.
 
         Only the ridge sees such a change, which makes the fit's linear system next to singular. The factors are
@@ -262,9 +262,9 @@ class Quadratic:
         left, right = (Side.of(torch.stack(line), shared, known, sizes) for line, shared, known in by_side)
 
         def precondition(rest: Factors) -> Factors:
-            return self._told_apart(Factors(left.solve(rest.left), right.solve(rest.right)))
+            return self._without_idle(Factors(left.solve(rest.left), right.solve(rest.right)))
 
-        rest = self._told_apart(slope)
+        rest = self._without_idle(slope)
         direction = precondition(rest)
         size = first = rest.dot(direction)
         change = direction.moved(direction, -1.0)
@@ -274,7 +274,7 @@ class Quadratic:
             image = self.product(direction)
             length = size / direction.dot(image)
             change = change.moved(direction, length)
-            rest = rest.moved(self._told_apart(image), -length)
+            rest = rest.moved(self._without_idle(image), -length)
             step = precondition(rest)
             before, size = size, rest.dot(step)
             direction = step.moved(direction, size / before)
