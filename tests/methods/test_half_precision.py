@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from lowra.methods.base import Observation, Recovery
 from lowra.methods.subspace_intersection import SubspaceIntersection
-from lowra.methods.subspace_intersection.half import fit, formats, levels, recovery
+from lowra.methods.subspace_intersection.half import fit, formats, levels, parts, recovery
+from lowra.methods.subspace_intersection.half import sites as sites_module
 from lowra.methods.subspace_intersection.half.boxes import log_probability, score_and_curvature
 from lowra.methods.subspace_intersection.half.cells import Grid, format_of, grid_of
 from lowra.methods.subspace_intersection.half.doubt import SURE, SecondLook
@@ -26,7 +28,7 @@ from lowra.methods.subspace_intersection.half.fit import (
 )
 from lowra.methods.subspace_intersection.half.held_out import Evidence, Question, predicted
 from lowra.methods.subspace_intersection.half.lattice import around, decode, settled
-from lowra.methods.subspace_intersection.half.parts import in_parts, threads
+from lowra.methods.subspace_intersection.half.parts import Tile, in_parts, strips, threads
 from lowra.methods.subspace_intersection.half.preconditioner import Side, shared_precision
 from lowra.methods.subspace_intersection.half.recovery import AT_ONCE, Recoverer
 from lowra.methods.subspace_intersection.half.rounds import BURIED, FROM_NEARBY, approached, converge
@@ -264,9 +266,15 @@ def small_problem() -> tuple[Cells, Sites, Factors]:
     return cells, sites, factors.balanced()
 
 
+def everything(cells: Cells) -> Tile:
+    """A layer as one tile."""
+    _, d, k = cells.stack.shape
+    return slice(0, d), slice(0, k)
+
+
 def objective(cells: Cells, sites: Sites, factors: Factors, change: Factors) -> float:
     """F with the updates linearised around the factors, W eliminated: dense, float64."""
-    centre, half = (part.double() for part in cells.read(slice(0, cells.stack.shape[1])))
+    centre, half = (part.double() for part in cells.read(everything(cells)))
     x = centre + half * sites.offset.double()
     p, w, c = sites.precision.double(), sites.weight.double(), sites.centre.double()
     updates = torch.stack(
@@ -283,9 +291,14 @@ def objective(cells: Cells, sites: Sites, factors: Factors, change: Factors) -> 
     return value
 
 
-def test_slope_and_curvature_are_those_of_the_objective() -> None:
-    """F(z) = F(0) - 2 slope z + z A z for the linearised F, in any direction."""
+@pytest.mark.parametrize("tile", [2**19, 96])
+def test_slope_and_curvature_are_those_of_the_objective(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F(z) = F(0) - 2 slope z + z A z for the linearised F, in any direction; whole, and tile by tile."""
+    monkeypatch.setattr(parts, "WIDE", math.isqrt(tile))
+    monkeypatch.setattr(parts, "WIDTH", 6)
+    monkeypatch.setattr(sites_module, "TILE", tile)
     cells, sites, factors = small_problem()
+    assert len(list(chain(*cells.strips()))) == (1 if tile > 96 else 12)
     generator = torch.Generator().manual_seed(3)
     change = Factors(
         tuple(0.1 * torch.randn(part.shape, generator=generator) for part in factors.left),
@@ -436,7 +449,7 @@ def test_a_part_of_a_layer_extends_to_the_whole() -> None:
     cells = layer.cells()
     own = factored(part.of(layer.updates) * cells.scale, torch.zeros(()), [3] * 3, generator)
     whole = levels.extended(cells, part, own.balanced(), generator)
-    error = whole.updates(slice(0, 640)) / cells.scale - layer.updates
+    error = whole.updates() / cells.scale - layer.updates
     assert (
         float(error.square().mean().sqrt() / layer.updates.square().mean().sqrt()) < 0.05
     )  # the rounding is .036 of an update
@@ -482,9 +495,11 @@ def test_a_column_off_the_grid_stands_out() -> None:
     miss[50] *= 2
     second = SecondLook.at(torch.zeros(200, 150), torch.ones(200, 150, dtype=torch.float16))
     first, other = second.part(), second.part()
-    for look, rows in ((first, slice(0, 120)), (other, slice(120, 200))):
-        part = miss[rows].clone()
-        look.count(rows, part, torch.full_like(part, 0.01), torch.ones_like(part))
+    halves = [(first, (slice(0, 120), slice(0, 150)))]
+    halves += [(other, (slice(120, 200), columns)) for columns in (slice(0, 100), slice(100, 150))]
+    for look, tile in halves:
+        part = miss[tile].clone()
+        look.count(tile, part, torch.full_like(part, 0.01), torch.ones_like(part))
         second.by_column.add_(look.by_column)
     second.finish()
     doubtful = second.chance < SURE
@@ -497,7 +512,7 @@ def test_a_second_look_doubts_what_it_finds_otherwise_or_is_not_sure_of() -> Non
     weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     second = SecondLook.at(weight, torch.tensor([[1.0, 1.0, 1.0], [0.5, 1.0, 1.0]], dtype=torch.float16))
     found, chance = torch.tensor([[4.0, 5.5, 6.0]]), torch.tensor([[1.0, 1.0, 0.9]], dtype=torch.float16)
-    second.compare(slice(1, 2), found, chance)
+    second.compare((slice(1, 2), slice(0, 3)), found, chance)
     assert (second.chance >= SURE).tolist() == [[True, True, True], [False, False, False]]
     assert float(second.chance[1, 0]) == 0.5  # of what was not sure nothing is changed
 
@@ -507,12 +522,46 @@ def test_the_vote_is_what_most_models_store() -> None:
     assert vote(stack).tolist() == [[2.0, 5.0, 3.0]]
 
 
+@pytest.mark.parametrize("shape", [(4096, 4096), (1420, 1420), (768, 768), (96, 96), (1, 5000), (5000, 1), (7, 3)])
+def test_tiles_are_all_entries_once(shape: tuple[int, int]) -> None:
+    seen, entries = torch.zeros(shape, dtype=torch.uint8), 2**16
+    for strip in strips(shape, entries):
+        assert len({(rows.start, rows.stop) for rows, _ in strip}) == 1  # parts of a pass have rows of their own
+        for tile in strip:
+            seen[tile] += 1
+            assert seen[tile].numel() <= entries or seen[tile].shape[0] == 1
+    assert bool((seen == 1).all())
+
+
+def test_a_wide_layer_is_recovered_alike_in_tiles_and_in_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer((150, 300), (4, 4, 4), mu=1.0)
+    found = []
+    for wide in (1024, 100):
+        monkeypatch.setattr(parts, "WIDE", wide)
+        monkeypatch.setattr(parts, "WIDTH", 70)
+        cells = layer.cells(held=True)
+        widths = {columns.stop - columns.start for _, columns in chain(*cells.strips())}
+        assert widths == ({300} if wide > 300 else {75})
+        start = factored(layer.merged * cells.scale, layer.base * cells.scale, [4] * 3, torch.Generator())
+        run = converge(cells, start, FROM_NEARBY, most=4)
+        recovery.doubt(cells, run)
+        found.append(run.decoded)
+    rows, tiles = found
+    assert rows.weight is not None
+    assert tiles.weight is not None
+    # Sums in another order: what rounding decides may differ, and next to nothing else.
+    assert float((rows.weight != tiles.weight).float().mean()) < 1e-3
+    assert tiles.predicted == pytest.approx(rows.predicted, abs=1e-4)
+    assert tiles.sure == pytest.approx(rows.sure, abs=1e-3)
+    assert tiles.evidence.likelihood == pytest.approx(rows.evidence.likelihood, abs=1e-3)
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_rounds_are_the_same_on_any_number_of_threads(inference: bool) -> None:
-    """Bit for bit: blocks are summed in the same parts. In inference mode too, which belongs to threads."""
+    """Bit for bit: tiles are summed in the same parts. In inference mode too, which belongs to threads."""
     layer = Layer((700, 500), (6, 6, 6), mu=1.0)
     cells = layer.cells(held=True)
-    assert len(list(cells.blocks())) > 1
+    assert len(list(cells.strips())) > 1
     before, found = torch.get_num_threads(), []
     try:
         for count in (1, 3):

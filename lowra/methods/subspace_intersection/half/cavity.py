@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from lowra.methods.subspace_intersection.half.doubt import SURE, SecondLook
 from lowra.methods.subspace_intersection.half.fit import Factors, Variances, force, pull, ridge, summed, weighted
 from lowra.methods.subspace_intersection.half.held_out import Evidence, Question
 from lowra.methods.subspace_intersection.half.lattice import REACH, Site, decode, settled
-from lowra.methods.subspace_intersection.half.parts import in_parts
+from lowra.methods.subspace_intersection.half.parts import Tile, in_parts
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites
 
 # A misfit up to this is chance.
@@ -99,15 +100,15 @@ class Sweep:
             found.chance = self.cells.stack.new_empty(d, k, dtype=torch.float16)
         by_left = [torch.zeros_like(left) for left in self.factors.left]
 
-        def part(blocks: list[slice]) -> tuple[Decoded, list[Tensor], SecondLook | None]:
+        def part(strips: list[list[Tile]]) -> tuple[Decoded, list[Tensor], SecondLook | None]:
             own = Decoded(weight=found.weight, chance=found.chance)
             by_right = [torch.zeros_like(right) for right in self.factors.right]
             second = None if self.second is None else self.second.part()
-            for rows in blocks:
-                self._block(rows, own, question, second, by_left, by_right, last)
+            for tile in chain(*strips):
+                self._tile(tile, own, question, second, by_left, by_right, last)
             return own, by_right, second
 
-        parts = in_parts(part, self.cells.blocks())
+        parts = in_parts(part, self.cells.strips())
         for own, _, second in parts:
             found.predicted += own.predicted / (d * k)
             found.sure += own.sure / (d * k)
@@ -131,9 +132,9 @@ class Sweep:
         here = self.variance_factor
         return (here, *(other for other in (here / 2, here * 2) if LEAST_FACTOR <= other <= MOST_FACTOR), 1.0)
 
-    def _block(
+    def _tile(
         self,
-        rows: slice,
+        tile: Tile,
         found: Decoded,
         question: Question | None,
         second: SecondLook | None,
@@ -142,13 +143,15 @@ class Sweep:
         last: bool,
     ) -> None:
         cells, sites = self.cells, self.sites
-        centre, half = cells.read(rows)  # (n, rows, k)
-        precision, total = sites.read(rows)
-        update = self.factors.updates(rows, torch.empty_like(centre))
-        rest = torch.addcmul(centre, half, sites.offset[:, rows].float()).sub_(update)
-        weight = weighted(precision, rest, sites.weight[rows] * sites.centre[rows]).div_(total)
+        rows, columns = tile
+        centre, half = cells.read(tile)  # (n, rows, columns)
+        precision, total = sites.read(tile)
+        update = self.factors.updates(rows, columns)
+        rest = torch.addcmul(centre, half, sites.offset[:, *tile].float()).sub_(update)
+        weight = weighted(precision, rest, sites.weight[tile] * sites.centre[tile]).div_(total)
         rest.sub_(weight).mul_(precision)  # the force of its own entry on each update
-        loose = self.variances.by_row[:, rows, None] + self.variances.by_column[:, None]  # without the entry itself
+        # Variances without the entry itself.
+        loose = self.variances.by_row[:, rows, None] + self.variances.by_column[:, None, columns]
         shift = rest.mul_(loose)
         extra = cells.grid.spacing(update).square_().div_(12) if cells.twice else None
         added = centre.new_tensor([max(0.0, chi - CHANCE) / MEDIAN for chi in self.misfit])[:, None, None]
@@ -158,27 +161,27 @@ class Sweep:
         # Where the linear solve has not converged, heavy entries are far from their place, and the formula explodes.
         bound = variance.sqrt().mul_(REACH).add_(half)
         target = torch.minimum(shift, bound, out=shift).maximum(bound.neg_()).add_(centre).sub_(update)  # of W
-        own = precision.div_(total).neg_().add_(1).mul_(sites.precision[:, rows])
+        own = precision.div_(total).neg_().add_(1).mul_(sites.precision[:, *tile])
         if cells.held is not None and question is not None:
-            question.put(cells.held, rows, target, half, loose, added)
-        mean, known, site_weight, site_centre = self._decode(rows, target, half, variance, found, second)
+            question.put(cells.held, tile, target, half, loose, added)
+        mean, known, site_weight, site_centre = self._decode(tile, target, half, variance, found, second)
         if last:
             return
-        self._renew(rows, centre, half, update, variance, own, mean, known, extra)
-        sites.weight[rows] = site_weight
-        sites.centre[rows] = site_centre
-        pull(force(sites, rows, centre, half, update), rows, self.factors, by_left, by_right)
+        self._renew(tile, centre, half, update, variance, own, mean, known, extra)
+        sites.weight[tile] = site_weight
+        sites.centre[tile] = site_centre
+        pull(force(sites, tile, centre, half, update), tile, self.factors, by_left, by_right)
 
     def _decode(
         self,
-        rows: slice,
+        tile: Tile,
         target: Tensor,
         half: Tensor,
         variance: Tensor,
         found: Decoded,
         second: SecondLook | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Posterior mean of W, its variance, and its site: weight, centre; all (rows, k)."""
+        """Posterior mean of W, its variance, and its site: weight, centre; all (rows, columns)."""
         cells = self.cells
         grid = cells.base
         shape = target.shape[1:]
@@ -187,7 +190,7 @@ class Sweep:
             total = precision.sum(0)
             what = precision.mul_(target).sum(0).div_(total)
             if found.weight is not None:
-                found.weight[rows] = what / cells.scale
+                found.weight[tile] = what / cells.scale
             return what, torch.full_like(what, math.inf), torch.zeros_like(what), what
         kept = found.weight is not None or second is not None
         near, clear = settled(grid, target, half, variance.sqrt())
@@ -215,7 +218,7 @@ class Sweep:
             precision = half.square().div_(3).add_(variance).reciprocal_()
             spread = precision.sum(0).reciprocal_()
             miss = precision.mul_(target).sum(0).mul_(spread).sub_(best)
-            second.count(rows, miss, spread, grid.spacing(best))
+            second.count(tile, miss, spread, grid.spacing(best))
         decided = near.numel() - len(open_)
         found.predicted += decided + (float(share.sum()) if share is not None else 0.0)
         found.sure += decided + (int((share > SURE).sum()) if share is not None else 0)
@@ -225,15 +228,15 @@ class Sweep:
             if share is not None:
                 chance.view(-1).index_copy_(0, open_, share.to(torch.float16))
             if found.weight is not None and found.chance is not None:
-                found.weight[rows] = number
-                found.chance[rows] = chance
+                found.weight[tile] = number
+                found.chance[tile] = chance
             if second is not None:
-                second.compare(rows, number, chance)
+                second.compare(tile, number, chance)
         return mean, var, site_weight, site_centre
 
     def _renew(
         self,
-        rows: slice,
+        tile: Tile,
         centre: Tensor,
         half: Tensor,
         update: Tensor,
@@ -264,6 +267,6 @@ class Sweep:
         if extra is not None:
             precision = precision / (1 + precision * extra)
             raw = raw / (1 + raw * extra)
-        sites.precision[:, rows] = raw.lerp_(precision.clamp_(max=CEILING * self.limit), known_)
+        sites.precision[:, *tile] = raw.lerp_(precision.clamp_(max=CEILING * self.limit), known_)
         offset = base.add_(shift).sub_(centre).div_(half).clamp_(-FURTHEST, FURTHEST)
-        sites.offset[:, rows] = offset.mul_(known_)
+        sites.offset[:, *tile] = offset.mul_(known_)

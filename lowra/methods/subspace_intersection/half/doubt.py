@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lowra.methods.subspace_intersection.half.parts import Tile
+
 # Probability from which a weight is called sure, and the one that is given where there is doubt.
 SURE, DOUBTED = 0.999, 0.998
 
@@ -45,17 +47,18 @@ class SecondLook:
         """The same for some of the rows, with sums over columns of its own."""
         return replace(self, by_column=torch.zeros_like(self.by_column))
 
-    def compare(self, rows: slice, weight: Tensor, chance: Tensor) -> None:
-        """Take in the numbers and chances that the second sweep finds in some rows."""
-        self._lower(rows, (weight != self.weight[rows]).logical_or_(chance < SURE))
+    def compare(self, tile: Tile, weight: Tensor, chance: Tensor) -> None:
+        """Take in the numbers and chances that the second sweep finds in a tile."""
+        self._lower(tile, (weight != self.weight[tile]).logical_or_(chance < SURE))
 
-    def count(self, rows: slice, miss: Tensor, spread: Tensor, step: Tensor) -> None:
-        """Take in the distance of some rows (rows, k) from the numbers chosen, its variance, and the spacing there."""
+    def count(self, tile: Tile, miss: Tensor, spread: Tensor, step: Tensor) -> None:
+        """Take in the distance of a tile (rows, columns) from the numbers chosen, its variance, the spacing there."""
+        rows, columns = tile
         telling = spread < (TELLING * step).square_()
         chi = miss.square_().div_(spread).mul_(telling)
         for i, values in enumerate((chi, telling)):
-            self.by_row[i, rows] = values.sum(1, dtype=miss.dtype)
-            self.by_column[i] += values.sum(0, dtype=miss.dtype)
+            self.by_row[i, rows] += values.sum(1, dtype=miss.dtype)
+            self.by_column[i, columns] += values.sum(0, dtype=miss.dtype)
 
     def finish(self) -> None:
         """Doubt the rows and columns that are further off the grid than others by more than chance."""
@@ -63,7 +66,7 @@ class SecondLook:
         self._lower(rows, True)
         self._lower((slice(None), columns), True)
 
-    def _lower(self, where: slice | Tensor | tuple[slice, Tensor], unsure: Tensor | bool) -> None:
+    def _lower(self, where: Tensor | tuple[slice, slice | Tensor], unsure: Tensor | bool) -> None:
         chance = self.chance[where]
         self.chance[where] = chance.masked_fill(unsure & (chance >= SURE), DOUBTED)
 

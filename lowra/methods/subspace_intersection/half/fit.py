@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from lowra.methods.subspace_intersection.half.parts import in_parts, spans
+from lowra.methods.subspace_intersection.half.parts import Tile, in_parts, spans
 from lowra.methods.subspace_intersection.half.preconditioner import Side, shared_precision
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, NARROWEST, Cells, Sites
 
@@ -33,12 +34,14 @@ MOST = 100.0
 # Rows that a probe looks at, at least; an eighth of them where there are more.
 PROBED = 192
 
-# Rank from which bfloat16 products pay for the conversions, and entries of all models in a block of products: with
-# more rows to a block they are faster, and there are few other passes that want the cache.
-MIXED, PRODUCT_BLOCK = 48, 2**19
+# Rank from which bfloat16 products pay for the conversions.
+MIXED = 48
 
 # Steps tried along the Gauss-Newton direction: from afar the whole one often goes too far, and a third not far enough.
 LENGTHS = (1.0, 0.6, 0.35, 0.2, 0.1, 0.03, 0.01)
+
+
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,12 @@ class Factors:
             found.append(float((square.clamp(min=0) / ((a.mT @ a) * (b.mT @ b)).sum()).sqrt()))
         return found
 
-    def updates(self, rows: slice | Tensor, out: Tensor | None = None) -> Tensor:
-        """M_i = L_i R_i^T of some rows: (n, rows, k)."""
-        parts = [left[rows] for left in self.left]
-        if out is None:
-            out = parts[0].new_empty(len(parts), parts[0].shape[0], self.right[0].shape[0])
-        for update, left, right in zip(out, parts, self.right, strict=True):
+    def updates(self, rows: slice | Tensor = ALL, columns: slice = ALL) -> Tensor:
+        """M_i = L_i R_i^T of some rows and columns: (n, rows, columns)."""
+        parts = [(left[rows], right[columns]) for left, right in zip(self.left, self.right, strict=True)]
+        (left, right), *_ = parts
+        out = left.new_empty(len(parts), left.shape[0], right.shape[0])
+        for update, (left, right) in zip(out, parts, strict=True):
             torch.mm(left, right.mT, out=update)
         return out
 
@@ -205,19 +208,20 @@ class Quadratic:
         factors = Factors(here.left, tuple(part.to(dtype) for part in here.right))
         by_left = [torch.zeros_like(left) for left in here.left]
 
-        def part(blocks: list[slice]) -> list[Tensor]:
+        def part(strips: list[list[Tile]]) -> list[Tensor]:
             by_right = [torch.zeros_like(right) for right in here.right]
-            for rows in blocks:
-                precision, total = self.sites.read(rows)
+            for tile in chain(*strips):
+                rows, columns = tile
+                precision, total = self.sites.read(tile)
                 # Model by model, which a processor's cache holds; float() of float32 is no copy.
                 pairs = zip(lefts, rights, strict=True)
-                tangents = [torch.mm(left[rows], right.mT).float() for left, right in pairs]
+                tangents = [torch.mm(left[rows], right[columns].mT).float() for left, right in pairs]
                 mean = weighted(precision, tangents).div_(total)
                 pulls = [tangent.sub_(mean).mul_(p) for tangent, p in zip(tangents, precision, strict=True)]
-                pull(pulls, rows, factors, by_left, by_right, self.only)
+                pull(pulls, tile, factors, by_left, by_right, self.only)
             return by_right
 
-        by_right = summed(in_parts(part, self.cells.blocks(PRODUCT_BLOCK)))
+        by_right = summed(in_parts(part, self.cells.strips()))
         ridge(self.sizes or here.sizes(), change, by_left, by_right, 1.0)
         return self._masked(by_left, by_right)
 
@@ -281,16 +285,16 @@ class Quadratic:
         return change
 
 
-def force(sites: Sites, rows: slice, centre: Tensor, half: Tensor, update: Tensor) -> Tensor:
-    """P_i (x_i - W - M_i) of some rows (n, rows, k), W where it is best; overwrites `half`, the cells' half widths."""
-    precision, total = sites.read(rows)
-    rest = half.mul_(sites.offset[:, rows]).add_(centre).sub_(update)
-    weight = weighted(precision, rest, sites.weight[rows] * sites.centre[rows]).div_(total)
+def force(sites: Sites, tile: Tile, centre: Tensor, half: Tensor, update: Tensor) -> Tensor:
+    """P_i (x_i - W - M_i) of a tile (n, rows, columns), W where it is best; overwrites `half`, cells' half widths."""
+    precision, total = sites.read(tile)
+    rest = half.mul_(sites.offset[:, *tile]).add_(centre).sub_(update)
+    weight = weighted(precision, rest, sites.weight[tile] * sites.centre[tile]).div_(total)
     return rest.sub_(weight).mul_(precision)
 
 
 def weighted(precision: Tensor, values: Iterable[Tensor], start: Tensor | None = None) -> Tensor:
-    """The sum over the models of P_i (n, rows, k) times values (rows, k) each, added to a start, in place.
+    """The sum over the models of P_i (n, rows, columns) times values (rows, columns) each, added to a start, in place.
 
     Model by model, which reads everything once.
     """
@@ -303,21 +307,24 @@ def weighted(precision: Tensor, values: Iterable[Tensor], start: Tensor | None =
 
 def pull(
     force: Iterable[Tensor],
-    rows: slice,
+    tile: Tile,
     factors: Factors,
     by_left: list[Tensor],
     by_right: list[Tensor],
     only: str = "both",
 ) -> None:
-    """Add what the models' forces (rows, k) on the updates are on their factors; the right ones may be in bfloat16.
+    """Add what the models' forces (rows, columns) on updates are on their factors; the right ones may be in bfloat16.
 
     Sums over rows are in float32, which takes no longer: a bfloat16 product has to be widened before it is added.
     """
-    for f, left, right, out, total in zip(force, factors.left, factors.right, by_left, by_right, strict=True):
-        if only != "right":
-            out[rows] = f.to(right.dtype) @ right
+    rows, columns = tile
+    for f, left, right, by_row, by_column in zip(force, factors.left, factors.right, by_left, by_right, strict=True):
+        if only != "right" and right.dtype == f.dtype:
+            by_row[rows].addmm_(f, right[columns])
+        elif only != "right":
+            by_row[rows] += f.to(right.dtype) @ right[columns]
         if only != "left":
-            total.addmm_(f.mT, left[rows])
+            by_column[columns].addmm_(f.mT, left[rows])
 
 
 def summed(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -349,15 +356,14 @@ def slope(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor] | No
     """Minus half the gradient of F in the factors. sizes: S_i, of balanced factors by default."""
     by_left = [torch.zeros_like(left) for left in factors.left]
 
-    def part(blocks: list[slice]) -> list[Tensor]:
+    def part(strips: list[list[Tile]]) -> list[Tensor]:
         by_right = [torch.zeros_like(right) for right in factors.right]
-        for rows in blocks:
-            centre, half = cells.read(rows)
-            update = factors.updates(rows, torch.empty_like(centre))
-            pull(force(sites, rows, centre, half, update), rows, factors, by_left, by_right)
+        for tile in chain(*strips):
+            centre, half = cells.read(tile)
+            pull(force(sites, tile, centre, half, factors.updates(*tile)), tile, factors, by_left, by_right)
         return by_right
 
-    by_right = summed(in_parts(part, cells.blocks()))
+    by_right = summed(in_parts(part, cells.strips()))
     ridge(sizes or factors.sizes(), factors, by_left, by_right, -1.0)
     return Factors(tuple(by_left), tuple(by_right))
 
@@ -387,7 +393,7 @@ def probe(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor], nar
             picked = torch.arange(rows.start, rows.stop, stride, device=cells.stack.device)
             centre, half = cells.grid.cell(cells.stack[:, rows] * cells.scale)
             half.clamp_(min=NARROWEST)
-            precision, total = sites.read(rows)
+            precision, total = sites.read((rows, ALL))
             update = factors.updates(picked)
             x = torch.addcmul(centre, half, sites.offset[:, rows].float())
             w, c = sites.weight[rows].float(), sites.centre[rows]

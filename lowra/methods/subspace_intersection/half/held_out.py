@@ -16,6 +16,7 @@ from torch import Tensor
 from lowra.methods.subspace_intersection.half.boxes import ROOT_HALF
 from lowra.methods.subspace_intersection.half.cells import Grid, grid_of
 from lowra.methods.subspace_intersection.half.lattice import WIDE, around, log_posterior
+from lowra.methods.subspace_intersection.half.parts import Tile
 from lowra.methods.subspace_intersection.half.sites import Cells, Held
 
 # Numbers of the grid of W on each side, and stored numbers on each side, that predictions run over.
@@ -46,24 +47,24 @@ class Question:
 
     @classmethod
     def of(cls, cells: Cells) -> Question:
-        """The held-out numbers of a layer; what is known of them is put in block by block."""
+        """The held-out numbers of a layer; what is known of them is put in tile by tile."""
         assert cells.held is not None
         model = cells.held.model
         stored = cells.stack[model, cells.held.row, cells.held.column] * cells.scale  # (q,)
         grids = [grid_of(dtype, cells.scale) for dtype in cells.dtypes]
         own = Grid(stored.new_tensor([g.eps for g in grids])[model], stored.new_tensor([g.tiny for g in grids])[model])
-        # One tensor for the layer: small ones, left between the temporaries of the blocks, would hold their memory.
+        # One tensor for the layer: small ones, left between the temporaries of the tiles, would hold their memory.
         known = stored.new_empty(4, len(cells.stack), len(model))
         return cls(stored, model, own, *known)
 
-    def put(self, held: Held, rows: slice, target: Tensor, half: Tensor, variance: Tensor, rest: Tensor) -> None:
-        """What some rows tell of the cells held out there.
+    def put(self, held: Held, tile: Tile, target: Tensor, half: Tensor, variance: Tensor, rest: Tensor) -> None:
+        """What a tile tells of the cells held out there.
 
-        target, half, variance: (n, rows, k), cells of W'_i - M_i and variance of M_i, the held-out ones widened. rest:
-        what is added to the variance whatever the factor, (n, 1, 1) or (n, rows, k).
+        target, half, variance: (n, rows, columns), cells of W'_i - M_i and variance of M_i, the held-out ones widened.
+        rest: what is added to the variance whatever the factor, (n, 1, 1) or (n, rows, columns).
         """
-        part = held.within(rows)
-        row, column = held.row[part] - rows.start, held.column[part]
+        part = held.within(tile)
+        row, column = held.row[part] - tile[0].start, held.column[part] - tile[1].start
         for out, values in zip(
             (self.centre, self.widths, self.spreads, self.rest), (target, half, variance, rest), strict=True
         ):

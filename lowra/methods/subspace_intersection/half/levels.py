@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.half.fit import Factors, Quadratic, effective_variances, force, qr_of, slope
-from lowra.methods.subspace_intersection.half.parts import in_parts
+from lowra.methods.subspace_intersection.half.parts import Tile, in_parts
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites, plain_sites
 
 # Layers of at most this many entries are solved at once.
@@ -116,20 +117,20 @@ def extra_directions(cells: Cells, sites: Sites, factors: Factors, count: int, g
     """
     own = [0.0] * len(cells.stack)
 
-    def forces(blocks: Iterable[slice]) -> Iterator[tuple[slice, Tensor]]:
-        for rows in blocks:
-            centre, half = cells.read(rows)
-            yield rows, force(sites, rows, centre, half, factors.updates(rows))
+    def forces(strips: Iterable[list[Tile]]) -> Iterator[tuple[Tile, Tensor]]:
+        for tile in chain(*strips):
+            centre, half = cells.read(tile)
+            yield tile, force(sites, tile, centre, half, factors.updates(*tile))
 
     def times(rights: Sequence[Tensor]) -> list[Tensor]:
-        images = [right.new_empty(cells.stack.shape[1], right.shape[1]) for right in rights]
+        images = [right.new_zeros(cells.stack.shape[1], right.shape[1]) for right in rights]
 
-        def part(blocks: list[slice]) -> None:
-            for rows, pulls in forces(blocks):
+        def part(strips: list[list[Tile]]) -> None:
+            for (rows, columns), pulls in forces(strips):
                 for image, pull, right in zip(images, pulls, rights, strict=True):
-                    torch.mm(pull, right, out=image[rows])
+                    image[rows].addmm_(pull, right[columns])
 
-        in_parts(part, cells.blocks())
+        in_parts(part, cells.strips())
         return images
 
     new = cells.stack.new_empty
@@ -137,13 +138,13 @@ def extra_directions(cells: Cells, sites: Sites, factors: Factors, count: int, g
     sketches = times([torch.randn(k, count, generator=generator).to(cells.stack.device) for _ in own])
     rights = [new(k, count).zero_() for _ in own]
     lefts = [qr_of(sketch)[0] for sketch in sketches]
-    for rows, pulls in forces(cells.blocks()):
+    for (rows, columns), pulls in forces(cells.strips()):
         for right, part, left in zip(rights, pulls, lefts, strict=True):
-            right.addmm_(part.mT, left[rows])
+            right[columns].addmm_(part.mT, left[rows])
     rights = [qr_of(right)[0] for right in rights]
     # Where the force of an entry is its precision times what is missing, so is that of a direction, in the mean.
-    for rows in cells.blocks():
-        precision, total = sites.read(rows)
+    for tile in chain(*cells.strips()):
+        precision, total = sites.read(tile)
         for i, part in enumerate(precision.sub_(precision.square().div_(total)).sum((1, 2)).tolist()):
             own[i] += part
     size = cells.stack[0].numel()

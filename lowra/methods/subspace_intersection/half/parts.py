@@ -1,7 +1,7 @@
-"""Passes over the blocks of a layer, on all threads that torch may use.
+"""Passes over the tiles of a layer, on all threads that torch may use.
 
-A block's operations are too short to be shared out among threads, and wait for each other where other work takes one
-of the processors; whole blocks are not. Sums are taken part by part, and the parts are the same for any number of
+A tile's operations are too short to be shared out among threads, and wait for each other where other work takes one
+of the processors; whole tiles are not. Sums are taken part by part, and the parts are the same for any number of
 threads, so the results are too.
 """
 
@@ -17,10 +17,21 @@ from typing import TypeVar
 
 import torch
 
-# Parts that the blocks of a layer are shared out in: each has sums of its own.
+# Parts that a layer is shared out in: each has sums of its own.
 PARTS = 8
 
+# A layer of more columns than this is cut lengthwise too, into tiles of about so many. Products of some rows with all
+# columns would read a whole factor for every few rows.
+WIDE, WIDTH = 1024, 512
+
+# Bytes of the largest allocation that counts for what glibc keeps, with room for its header.
+LARGEST = 2**25 - 2**13
+
 T = TypeVar("T")
+B = TypeVar("B")
+
+# Some rows and columns, as an index of a matrix.
+Tile = tuple[slice, slice]
 
 _POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
 
@@ -28,8 +39,12 @@ _POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
 @contextmanager
 def threads(device: torch.device) -> Iterator[None]:
     """Within, passes take as many threads as torch had, and all else one; without it, passes take one too."""
+    if device.type != "cpu":
+        yield
+        return
+    keep_temporaries()
     count = torch.get_num_threads()
-    if count == 1 or device.type != "cpu":
+    if count == 1:
         yield
         return
     torch.set_num_threads(1)
@@ -44,7 +59,16 @@ def threads(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(count)
 
 
-def in_parts(work: Callable[[list[slice]], T], blocks: Iterable[slice]) -> list[T]:
+def keep_temporaries() -> None:
+    """Have the C library keep what a tile's temporaries leave, rather than give it back and fetch it tile by tile.
+
+    glibc gives the top of its heap back where that is more than twice the largest allocation of up to 32 MiB ever
+    freed. Pages fetched again took up to a third of a sweep.
+    """
+    torch.empty(LARGEST, dtype=torch.uint8)
+
+
+def in_parts(work: Callable[[list[B]], T], blocks: Iterable[B]) -> list[T]:
     """The results of `work` on each part of the blocks, in order."""
     blocks = list(blocks)
     size = math.ceil(len(blocks) / PARTS)
@@ -56,7 +80,7 @@ def in_parts(work: Callable[[list[slice]], T], blocks: Iterable[slice]) -> list[
     return list(pool.map(partial(_within, work, torch.is_inference_mode_enabled()), parts))
 
 
-def _within(work: Callable[[list[slice]], T], inference: bool, part: list[slice]) -> T:
+def _within(work: Callable[[list[B]], T], inference: bool, part: list[B]) -> T:
     with torch.no_grad(), torch.inference_mode(inference):
         return work(part)
 
@@ -64,3 +88,18 @@ def _within(work: Callable[[list[slice]], T], inference: bool, part: list[slice]
 def spans(size: int, step: int) -> Iterator[slice]:
     """Slices of so many lines each, the last one shorter."""
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def strips(shape: tuple[int, int], entries: int) -> Iterator[list[Tile]]:
+    """The tiles of a matrix, strip by strip of rows; a tile has about so many entries.
+
+    Strips are of one height, and shared out evenly: an even number, or a multiple of the parts where they are many.
+    """
+    rows, columns = shape
+    width = columns if columns <= WIDE else math.ceil(columns / round(columns / WIDTH))
+    count = math.ceil(rows / max(1, entries // width))
+    if count > 1:
+        share = 2 if count <= PARTS // 2 else PARTS
+        count = share * math.ceil(count / share)
+    across = list(spans(columns, width))
+    return ([(part, other) for other in across] for part in spans(rows, math.ceil(rows / count)))

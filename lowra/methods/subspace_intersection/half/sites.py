@@ -1,7 +1,7 @@
 """What a fit knows of every entry: the cells of the models, and the normal sites that stand for them and for the grid.
 
 Everything is in units of half the median cell (a power of two near it), so that precisions are near one, and everything
-is read in blocks of rows that fit a processor's cache.
+is read in tiles that fit a processor's cache.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from lowra.methods.subspace_intersection.half.cells import HALF, Grid, grid_of
-from lowra.methods.subspace_intersection.half.parts import in_parts, spans
+from lowra.methods.subspace_intersection.half.parts import Tile, in_parts, strips
 
-# Entries of all models in one block.
-BLOCK = 2**19
+# Entries of all models in one tile.
+TILE = 2**19
 
 # A cell counts as no narrower than this share of the median one: a stored zero would decide alone.
 NARROWEST = 1e-3
@@ -37,10 +38,12 @@ class Held:
     row: Tensor
     column: Tensor
 
-    def within(self, rows: slice) -> slice:
-        """Which of them lie in some rows."""
+    def within(self, tile: Tile) -> Tensor:
+        """Which of them lie in a tile."""
+        rows, columns = tile
         low, high = torch.searchsorted(self.row, self.row.new_tensor([rows.start, rows.stop])).tolist()
-        return slice(low, high)
+        column = self.column[low:high]
+        return ((column >= columns.start) & (column < columns.stop)).nonzero().squeeze(1).add_(low)
 
 
 @dataclass(frozen=True)
@@ -77,20 +80,20 @@ class Cells:
         base = self.base
         return torch.float32 if base is None else next(d for d in HALF if torch.finfo(d).eps == base.eps)
 
-    def read(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Centre and half width of the cells of some rows: (n, rows, k) each."""
-        centre, half = self.grid.cell(self.stack[:, rows] * self.scale)
+    def read(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Centre and half width of the cells of a tile: (n, rows, columns) each."""
+        centre, half = self.grid.cell(self.stack[:, *tile] * self.scale)
         half.clamp_(min=NARROWEST)
         if self.held is not None:
-            part = self.held.within(rows)
-            where = (self.held.model[part], self.held.row[part] - rows.start, self.held.column[part])
-            half[where] *= WIDENED
+            part = self.held.within(tile)
+            row, column = self.held.row[part] - tile[0].start, self.held.column[part] - tile[1].start
+            half[self.held.model[part], row, column] *= WIDENED
         return centre, half
 
-    def blocks(self, entries: int = BLOCK) -> Iterator[slice]:
-        """Slices of rows."""
+    def strips(self) -> Iterator[list[Tile]]:
+        """All tiles, strip by strip of rows."""
         n, d, k = self.stack.shape
-        return spans(d, max(1, entries // (n * k)))
+        return strips((d, k), TILE // n)
 
 
 @dataclass
@@ -106,10 +109,10 @@ class Sites:
     weight: Tensor
     centre: Tensor
 
-    def read(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """P (n, rows, k) and the sum of P and w (rows, k), float32."""
-        precision = self.precision[:, rows].float()
-        total = self.weight[rows].float()
+    def read(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """P (n, rows, columns) of a tile and the sum of P and w (rows, columns), float32."""
+        precision = self.precision[:, *tile].float()
+        total = self.weight[tile].float()
         for p in precision:
             total.add_(p)
         return precision, total
@@ -126,12 +129,12 @@ def plain_sites(cells: Cells, limit: float) -> Sites:
         new(d, k),
     )
 
-    def part(blocks: list[slice]) -> None:
-        for rows in blocks:
-            _, half = cells.read(rows)
-            sites.precision[:, rows] = half.square_().reciprocal_().mul_(3).clamp_(max=limit)
+    def part(strips: list[list[Tile]]) -> None:
+        for tile in chain(*strips):
+            _, half = cells.read(tile)
+            sites.precision[:, *tile] = half.square_().reciprocal_().mul_(3).clamp_(max=limit)
 
-    in_parts(part, cells.blocks())
+    in_parts(part, cells.strips())
     return sites
 
 
