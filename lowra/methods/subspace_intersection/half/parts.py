@@ -7,10 +7,12 @@ threads, so the results are too.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import TypeVar
@@ -24,8 +26,9 @@ PARTS = 8
 # columns would read a whole factor for every few rows.
 WIDE, WIDTH = 1024, 512
 
-# Bytes of the largest allocation that counts for what glibc keeps, with room for its header.
-LARGEST = 2**25 - 2**13
+# Bytes of an allocation that is no tile's, and of what is kept for tiles; the names are those of C's malloc.h.
+LAYERS, KEPT = 2**23, 2**26
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 T = TypeVar("T")
 B = TypeVar("B")
@@ -36,7 +39,7 @@ Tile = tuple[slice, slice]
 _POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
 
 
-@contextmanager
+@contextlib.contextmanager
 def threads(device: torch.device) -> Iterator[None]:
     """Within, passes take as many threads as torch had, and all else one; without it, passes take one too."""
     if device.type != "cpu":
@@ -60,12 +63,16 @@ def threads(device: torch.device) -> Iterator[None]:
 
 
 def keep_temporaries() -> None:
-    """Have the C library keep what a tile's temporaries leave, rather than give it back and fetch it tile by tile.
+    """Have glibc keep the memory of a tile's temporaries for those of the next, and give that of whole layers back.
 
-    glibc gives the top of its heap back where that is more than twice the largest allocation of up to 32 MiB ever
-    freed. Pages fetched again took up to a third of a sweep.
+    Left to itself it takes either for the other, as what was freed before has it: pages fetched again for every tile
+    took up to a third of a sweep, and what a part of a layer left was held to the end.
     """
-    torch.empty(LARGEST, dtype=torch.uint8)
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(M_MMAP_THRESHOLD, LAYERS)
+            mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def in_parts(work: Callable[[list[B]], T], blocks: Iterable[B]) -> list[T]:

@@ -26,7 +26,7 @@ from lowra.methods.subspace_intersection.half.rounds import (
     converge,
 )
 from lowra.methods.subspace_intersection.half.signal import update_sizes
-from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, hold_out, plain_sites, unit
+from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites, hold_out, plain_sites, unit
 from lowra.methods.subspace_intersection.half.start import factored, unexplained, vote
 
 # Ranks that nobody tells are over-estimated: at least this, and this many times what the closed form counts. Poor
@@ -221,7 +221,7 @@ def doubt(cells: Cells, run: Run) -> None:
     sweep = Sweep(cells, run.sites, run.factors, run.variances, run.misfit, MEDIAN, factor, second=second)
     sweep.run(keep=False, last=True)
     second.finish()
-    decoded.sure = float((decoded.chance >= SURE).double().mean())
+    decoded.sure = int((decoded.chance >= SURE).count_nonzero()) / decoded.chance.numel()
 
 
 def formats(stack: Tensor) -> tuple[torch.dtype, ...] | None:
@@ -281,8 +281,8 @@ class Recoverer:
         part = levels.choose_part((d, k), self.hint or max(self.counted, LIKELY), self.generator, self.stack.device)
         cells = whole
         if part is not None:
-            stack = part.of(self.stack)
-            cells = replace(whole, stack=stack, held=hold_out(stack, self.generator))
+            cells = replace(whole, stack=part.of(self.stack))
+            cells = replace(cells, held=hold_out(cells.stack, self.generator))
         estimate, faint = self._estimate(part), faintness(cells)
         name, run = self._chosen(cells, estimate, faint, tried)
         if max(run.misfit) > MISFIT:
@@ -302,23 +302,25 @@ class Recoverer:
                 return None
             run = gridded
         if part is not None:
-            whole = replace(whole, base=cells.base, twice=cells.twice)
-            factors = levels.extended(whole, part, run.factors, self.generator)
+            factors, explained = run.factors, max(run.misfit) <= MISFIT
+            clear = run.edge > CLEAR and explained and faint >= FAINT
+            cells = whole = replace(whole, base=cells.base, twice=cells.twice)
+            del run, estimate  # of the part, up to a layer's worth of memory
+            factors = levels.extended(whole, part, factors, self.generator)
             slow = max(factors.ranks) * (d + k) > DENSE * d * k or shared_direction(factors) >= CLOSE
-            clear = run.edge > CLEAR and max(run.misfit) <= MISFIT and faint >= FAINT
             missing = max(0, (self.hint or 0) - min(factors.ranks))
             if self.hint is None and not clear:
                 missing = 8 + max(factors.ranks) // 4
             first = AT_ONCE[0] if faint < APPROACHES[0][0] else 1.0
             if missing:
-                sites = plain_sites(whole, first * MEDIAN)
-                factors = levels.extra_directions(whole, sites, factors, missing, self.generator)
+                plain = plain_sites(whole, first * MEDIAN)
+                factors = levels.extra_directions(whole, plain, factors, missing, self.generator)
+                del plain
             if faint < APPROACHES[0][0]:
-                good = max(run.misfit) <= MISFIT
-                run = converge(whole, factors, AT_ONCE, most=GROWING, good=good)
-                run = self._grown(whole, run, AT_ONCE, good=good)
-                run = converge(whole, run.factors, AT_ONCE, good=good, sites=run.sites)
-            elif max(run.misfit) > MISFIT:
+                run = converge(whole, factors, AT_ONCE, most=GROWING, good=explained)
+                run = self._grown(whole, run, AT_ONCE, good=explained)
+                run = converge(whole, run.factors, AT_ONCE, good=explained, sites=run.sites)
+            elif not explained:
                 run = converge(whole, factors, FROM_NEARBY)
             else:
                 clips = FINISH if missing else FINISH_CLEAR
@@ -329,14 +331,14 @@ class Recoverer:
         elif run.deviation < LACKING and self._certifiable(cells, run):
             run = self._grown(cells, run, FINISH[-1:], good=True)
         decoded, certified = run.decoded, certifiable(run, n, self.hint)
+        if certified:
+            doubt(cells, run)
         if not certified or decoded.predicted < EASY:
-            alone = self._unfitted(whole)
+            alone = self._unfitted(whole, run.sites)
             # Along what all updates share a fit goes anywhere, and one that explains too little has.
             astray = shared_direction(run.factors) >= SHARED and max(run.misfit) > MISFIT
             if astray or alone.predicted > decoded.predicted or alone.evidence.likelihood > run.likelihood:
                 return self._answer(alone, "vote", base, scale, tried)
-        if certified:
-            doubt(whole if part is not None else cells, run)
         return self._answer(decoded, name, base, scale, tried, run, certified=certified)
 
     def _grown(self, cells: Cells, run: Run, clips: Sequence[float], *, good: bool) -> Run:
@@ -476,10 +478,11 @@ class Recoverer:
                 return other, again, torch.bfloat16
         return cells, run, torch.float16
 
-    def _unfitted(self, cells: Cells) -> Decoded:
+    def _unfitted(self, cells: Cells, sites: Sites | None = None) -> Decoded:
         """The vote, with what is to be expected of it where of the updates only their sizes are known.
 
         The most that can be had where no explanation by updates of low rank predicts what it has not seen.
+        sites: any, that are overwritten.
         """
         assert cells.base is not None
         n, d, k = cells.stack.shape
@@ -487,7 +490,7 @@ class Recoverer:
         nothing = Factors(tuple(new(d, 0) for _ in range(n)), tuple(new(k, 0) for _ in range(n)))
         variance = update_sizes(cells).to(cells.stack).square()[:, None] / 2
         variances = Variances(variance.expand(n, d), variance.expand(n, k))
-        sites = plain_sites(cells, MEDIAN * 1e-6)
+        sites = plain_sites(cells, MEDIAN * 1e-6, sites)
         decoded = Sweep(cells, sites, nothing, variances, (0.0,) * n, MEDIAN).run(last=True)
         assert decoded.weight is not None
         assert decoded.chance is not None

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowra.methods.subspace_intersection.half.cells import HALF, Grid, grid_of
 from lowra.methods.subspace_intersection.half.parts import Tile, in_parts, strips
 
-# Entries of all models in one tile.
+# Entries of all models in one tile. A sweep has some twenty temporaries of that size.
 TILE = 2**19
 
 # A cell counts as no narrower than this share of the median one: a stored zero would decide alone.
@@ -118,16 +118,24 @@ class Sites:
         return precision, total
 
 
-def plain_sites(cells: Cells, limit: float) -> Sites:
-    """Cells as normal errors of equal variance, precisions up to a limit, nothing known of W."""
+def plain_sites(cells: Cells, limit: float, out: Sites | None = None) -> Sites:
+    """Cells as normal errors of equal variance, precisions up to a limit, nothing known of W.
+
+    out: sites of the layer that are overwritten, so that two never take memory.
+    """
     n, d, k = cells.stack.shape
     new = cells.stack.new_zeros
-    sites = Sites(
-        new(n, d, k, dtype=torch.bfloat16),
-        new(n, d, k, dtype=torch.float16),
-        new(d, k, dtype=torch.bfloat16),
-        new(d, k),
-    )
+    if out is None:
+        sites = Sites(
+            new(n, d, k, dtype=torch.bfloat16),
+            new(n, d, k, dtype=torch.float16),
+            new(d, k, dtype=torch.bfloat16),
+            new(d, k),
+        )
+    else:
+        sites = out
+        for values in (sites.offset, sites.weight, sites.centre):
+            values.zero_()
 
     def part(strips: list[list[Tile]]) -> None:
         for tile in chain(*strips):
