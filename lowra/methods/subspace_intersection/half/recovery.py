@@ -294,7 +294,7 @@ class Recoverer:
             cells, run, base = self._coarser(cells, run)
         doubted = not self._certifiable(cells, run) or run.decoded.predicted < self._easy(cells, faint)
         # What is over a grid that W is not on looks like a direction that faint updates share.
-        if doubted and (shared_direction(run.factors) < SHARED or faint < FAINT):
+        if doubted and (shared_direction(run.factors) < SHARED or (faint < FAINT and self._seems_off_grid(cells))):
             # Without the grid lower ranks did: what the grid needs beyond them is a base that is not on it.
             excess = crowded(run.factors, self.hint) and 0 < self.counted < room(cells.stack.shape[1:])
             gridded = None if excess else self._on_grid(cells, run)
@@ -486,13 +486,7 @@ class Recoverer:
         sites: any, that are overwritten.
         """
         assert cells.base is not None
-        n, d, k = cells.stack.shape
-        new = cells.stack.new_zeros
-        nothing = Factors(tuple(new(d, 0) for _ in range(n)), tuple(new(k, 0) for _ in range(n)))
-        variance = update_sizes(cells).to(cells.stack).square()[:, None] / 2
-        variances = Variances(variance.expand(n, d), variance.expand(n, k))
-        sites = plain_sites(cells, MEDIAN * 1e-6, sites)
-        decoded = Sweep(cells, sites, nothing, variances, (0.0,) * n, MEDIAN).run(last=True)
+        decoded = by_sizes(cells, sites)
         assert decoded.weight is not None
         assert decoded.chance is not None
         voted = (cells.base.nearest(vote(cells.stack) * cells.scale) / cells.scale).to(decoded.weight.dtype)
@@ -500,6 +494,14 @@ class Recoverer:
         torch.where(voted == decoded.weight, decoded.chance, decoded.chance.neg().add_(1), out=decoded.chance)
         decoded.weight = voted
         return decoded
+
+    def _seems_off_grid(self, cells: Cells) -> bool:
+        """Whether the models of faint updates disagree about more weights than sizes of updates on a grid account for.
+
+        Known before anything is fitted. What a fit says of a grid, where updates share a direction, is of that too: it
+        explains the merges of a base on the grid better without.
+        """
+        return by_sizes(cells).evidence.likelihood < by_sizes(replace(cells, base=None)).evidence.likelihood
 
     def _on_grid(self, cells: Cells, run: Run) -> Run | None:
         """The run, or a better one, where W lies on the grid; None where held-out cells are predicted better without.
@@ -522,6 +524,17 @@ class Recoverer:
     def _freed(self, cells: Cells, run: Run) -> Run:
         """What comes of a run where W is on no grid."""
         return converge(replace(cells, base=None), run.factors, FROM_NEARBY, most=6)
+
+
+def by_sizes(cells: Cells, sites: Sites | None = None) -> Decoded:
+    """What the cells say of W where of the updates only their sizes are known. sites: any, that are overwritten."""
+    n, d, k = cells.stack.shape
+    new = cells.stack.new_zeros
+    nothing = Factors(tuple(new(d, 0) for _ in range(n)), tuple(new(k, 0) for _ in range(n)))
+    variance = update_sizes(cells).to(cells.stack).square()[:, None] / 2
+    variances = Variances(variance.expand(n, d), variance.expand(n, k))
+    sites = plain_sites(cells, MEDIAN * 1e-6, sites)
+    return Sweep(cells, sites, nothing, variances, (0.0,) * n, MEDIAN).run(last=True)
 
 
 def faintness(cells: Cells) -> float:
