@@ -68,6 +68,9 @@ APPROACHES = ((0.2, 1000.0), (0.6, 30.0), (math.inf, 3.0))
 # Nats by which the held-out cells must prefer a base on no grid.
 OFF_GRID = 0.06
 
+# Cells that are asked whether a base under faint updates is on a grid, at most.
+ASKED = 2**16
+
 # Turns without a grid and with it, at most.
 TURNS = 3
 
@@ -293,11 +296,11 @@ class Recoverer:
         if base == torch.float16:
             cells, run, base = self._coarser(cells, run)
         doubted = not self._certifiable(cells, run) or run.decoded.predicted < self._easy(cells, faint)
-        # What is over a grid that W is not on looks like a direction that faint updates share.
-        if doubted and (shared_direction(run.factors) < SHARED or (faint < FAINT and self._seems_off_grid(cells))):
+        if doubted and (self._seems_off_grid(cells) if faint < FAINT else shared_direction(run.factors) < SHARED):
             # Without the grid lower ranks did: what the grid needs beyond them is a base that is not on it.
-            excess = crowded(run.factors, self.hint) and 0 < self.counted < room(cells.stack.shape[1:])
-            gridded = None if excess else self._on_grid(cells, run)
+            most = room(cells.stack.shape[1:])
+            excess = self.determined and crowded(run.factors, self.hint) and 0 < self.counted < most
+            gridded = None if excess else self._on_grid(cells, run, faint)
             if gridded is None:
                 return None
             run = gridded
@@ -335,8 +338,9 @@ class Recoverer:
             doubt(cells, run)
         if not certified or decoded.predicted < EASY:
             alone = self._unfitted(whole, run.sites)
-            # Along what all updates share a fit goes anywhere, and one that explains too little has.
-            astray = shared_direction(run.factors) >= SHARED and max(run.misfit) > MISFIT
+            # Along what all updates share a fit goes anywhere, and one that neither explains nor predicts has.
+            poor = max(run.misfit) > MISFIT and decoded.evidence.calibrated_deviation < DEVIATION
+            astray = poor and shared_direction(run.factors) >= CLOSE
             if astray or alone.predicted > decoded.predicted or alone.evidence.likelihood > run.likelihood:
                 return self._answer(alone, "vote", base, scale, tried)
         return self._answer(decoded, name, base, scale, tried, run, certified=certified)
@@ -496,21 +500,25 @@ class Recoverer:
         return decoded
 
     def _seems_off_grid(self, cells: Cells) -> bool:
-        """Whether the models of faint updates disagree about more weights than sizes of updates on a grid account for.
+        """Whether models of faint updates disagree about other weights than they would if W were on the grid.
 
-        Known before anything is fitted. What a fit says of a grid, where updates share a direction, is of that too: it
-        explains the merges of a base on the grid better without.
+        Told by the sizes of updates alone, from a number of every weight. What is over a grid that W is not on looks
+        like a direction that all updates share; and where they do share one, a fit on the grid goes astray.
         """
-        return by_sizes(cells).evidence.likelihood < by_sizes(replace(cells, base=None)).evidence.likelihood
+        asked = replace(cells, held=hold_out(cells.stack, self.generator, share=1, most=ASKED, limit=1))
+        return by_sizes(asked).evidence.likelihood < by_sizes(replace(asked, base=None)).evidence.likelihood
 
-    def _on_grid(self, cells: Cells, run: Run) -> Run | None:
+    def _on_grid(self, cells: Cells, run: Run, faint: float) -> Run | None:
         """The run, or a better one, where W lies on the grid; None where held-out cells are predicted better without.
 
         A run that is wrong confirms itself on the grid, and may find its way without. Taken in turns, the two end in
         one that could be certified, or W is off the grid.
         """
         free = self._freed(cells, run)
-        if free.likelihood <= run.likelihood + OFF_GRID:
+        # What updates share makes a fit on the grid go wrong too, where the closed form finds W open. (Faint ones were
+        # asked by their sizes.)
+        shared = faint >= FAINT and shared_direction(free.factors) >= (SHARED if self.determined else CLOSE)
+        if shared or free.likelihood <= run.likelihood + OFF_GRID:
             return run
         for _ in range(TURNS):
             again = converge(cells, free.factors, FROM_NEARBY)

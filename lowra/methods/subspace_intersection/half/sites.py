@@ -158,14 +158,19 @@ def unit(stack: Tensor, dtypes: tuple[torch.dtype, ...]) -> float:
 
 
 def hold_out(
-    stack: Tensor, generator: torch.Generator, share: float = 0.004, least: int = 600, most: int = 2**14
+    stack: Tensor,
+    generator: torch.Generator,
+    share: float = 0.004,
+    least: int = 600,
+    most: int = 2**14,
+    limit: float = 0.02,
 ) -> Held:
-    """Choose cells to leave out: a share of all, no two at one place; more of a small layer, at most a fiftieth.
+    """Choose cells to leave out: a share of all, no two at one place; more of a small layer, within a limit.
 
     About `most` cells tell their mean log probability to a few thousandths of a nat.
     """
     n, d, k = stack.shape
-    count = max(1, int(min(max(share * n * d * k, least), most, 0.02 * n * d * k, d * k / 2)))
+    count = max(1, int(min(max(share * n * d * k, least), most, limit * n * d * k, d * k / 2)))
     if count == most:
         place = torch.randint(d * k, (count,), generator=generator).unique()  # few of so many meet
     else:
