@@ -26,8 +26,9 @@ PARTS = 8
 # columns would read a whole factor for every few rows.
 WIDE, WIDTH = 1024, 512
 
-# Bytes of an allocation that is no tile's, and of what is kept for tiles; the names are those of C's malloc.h.
-LAYERS, KEPT = 2**23, 2**26
+# Bytes of an allocation that is no tile's, the same where others compute (what glibc comes to by itself), and of what
+# is kept for tiles; the names are those of C's malloc.h.
+LAYERS, USUAL, KEPT = 2**23, 2**25, 2**26
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 T = TypeVar("T")
@@ -45,14 +46,14 @@ def threads(device: torch.device) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
-    keep_temporaries()
     count = torch.get_num_threads()
     if count == 1:
-        yield
+        with temporaries_kept():
+            yield
         return
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(count, "blocks", torch.set_flush_denormal, (True,)) as pool:
+        with temporaries_kept(), ThreadPoolExecutor(count, "blocks", torch.set_flush_denormal, (True,)) as pool:
             token = _POOL.set(pool)
             try:
                 yield
@@ -62,17 +63,26 @@ def threads(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(count)
 
 
-def keep_temporaries() -> None:
-    """Have glibc keep the memory of a tile's temporaries for those of the next, and give that of whole layers back.
+@contextlib.contextmanager
+def temporaries_kept() -> Iterator[None]:
+    """Within, glibc keeps the memory of a tile's temporaries for the next ones, and gives that of whole layers back.
 
     Left to itself it takes either for the other, as what was freed before has it: pages fetched again for every tile
     took up to a third of a sweep, and what a part of a layer left was held to the end.
     """
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(M_MMAP_THRESHOLD, LAYERS)
-            mallopt(M_TRIM_THRESHOLD, KEPT)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt if sys.platform == "linux" else None
+    except AttributeError:  # another C library
+        mallopt = None
+    if mallopt is None:
+        yield
+        return
+    mallopt(M_TRIM_THRESHOLD, KEPT)
+    mallopt(M_MMAP_THRESHOLD, LAYERS)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, USUAL)
 
 
 def in_parts(work: Callable[[list[B]], T], blocks: Iterable[B]) -> list[T]:
