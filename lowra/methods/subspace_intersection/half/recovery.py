@@ -451,8 +451,8 @@ class Recoverer:
             order = [order[0], closed, *order[1:]] if faint < FAINT else [closed, *order]
             order.append(Start("closed form, approached", estimate, rank, first))
         elif estimate is not None:
-            # Where it shows the updates at all, a fifth of the work leads from it that leads from a vote.
-            order.insert(0 if faint >= FAINT else 1, Start("open closed form", estimate, rank, first))
+            # Where updates are clearly seen, a fifth of the work leads from it that leads from a vote.
+            order.insert(0 if faint > CLEARLY_SEEN else 1, Start("open closed form", estimate, rank, first))
         for start in order:
             factors = self._factored(cells, start.weight, start.rank)
             if start.weight is estimate and not self.determined:
