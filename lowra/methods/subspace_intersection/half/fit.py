@@ -40,7 +40,7 @@ MIXED = 48
 # Steps tried along the Gauss-Newton direction: from afar the whole one often goes too far, and a third not far enough.
 LENGTHS = (1.0, 0.6, 0.35, 0.2, 0.1, 0.03, 0.01)
 
-
+# All rows, or all columns.
 ALL = slice(None)
 
 

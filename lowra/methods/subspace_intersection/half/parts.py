@@ -43,17 +43,13 @@ _POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
 @contextlib.contextmanager
 def threads(device: torch.device) -> Iterator[None]:
     """Within, passes take as many threads as torch had, and all else one; without it, passes take one too."""
-    if device.type != "cpu":
-        yield
-        return
     count = torch.get_num_threads()
-    if count == 1:
-        with temporaries_kept():
-            yield
+    if count == 1 or device.type != "cpu":
+        yield
         return
     torch.set_num_threads(1)
     try:
-        with temporaries_kept(), ThreadPoolExecutor(count, "blocks", torch.set_flush_denormal, (True,)) as pool:
+        with ThreadPoolExecutor(count, "blocks", torch.set_flush_denormal, (True,)) as pool:
             token = _POOL.set(pool)
             try:
                 yield

@@ -15,7 +15,7 @@ from lowra.methods.subspace_intersection.half.cavity import Decoded, Sweep
 from lowra.methods.subspace_intersection.half.cells import format_of, grid_of
 from lowra.methods.subspace_intersection.half.doubt import SURE, SecondLook
 from lowra.methods.subspace_intersection.half.fit import Factors, Variances, qr_of
-from lowra.methods.subspace_intersection.half.parts import threads
+from lowra.methods.subspace_intersection.half.parts import temporaries_kept, threads
 from lowra.methods.subspace_intersection.half.rounds import (
     FROM_AFAR,
     FROM_NEARBY,
@@ -265,7 +265,7 @@ class Recoverer:
 
     def recover(self) -> HalfAnswer | None:
         """The answer, None where the base weight lies on no half-precision grid."""
-        with threads(self.stack.device):
+        with temporaries_kept(), threads(self.stack.device):
             return self._recovered()
 
     def _recovered(self) -> HalfAnswer | None:
@@ -298,8 +298,8 @@ class Recoverer:
         doubted = not self._certifiable(cells, run) or run.decoded.predicted < self._easy(cells, faint)
         if doubted and (self._seems_off_grid(cells) if faint < FAINT else shared_direction(run.factors) < SHARED):
             # Without the grid lower ranks did: what the grid needs beyond them is a base that is not on it.
-            most = room(cells.stack.shape[1:])
-            excess = self.determined and crowded(run.factors, self.hint) and 0 < self.counted < most
+            fewer = self.determined and 0 < self.counted < room(cells.stack.shape[1:])
+            excess = fewer and crowded(run.factors, self.hint)
             gridded = None if excess else self._on_grid(cells, run, faint)
             if gridded is None:
                 return None
