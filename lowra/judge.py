@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowra.allocator import keep_temporaries
 from lowra.bench.defences import Defence, applied
 from lowra.bench.foreign import swap
 from lowra.bench.merging import merge, merge_dtype
@@ -69,8 +70,12 @@ class LayerJudge:
 
     def judge(self, task: Task) -> list[dict[str, Any]]:
         """One layer of one draw by all the task's variants: the measured part of a record each, in their order."""
-        with self._threads(task) as threads:
-            return [found | {"threads": threads} for found in self._judged(task)]
+        return self.judge_alike((task,))[0]
+
+    def judge_alike(self, tasks: Sequence[Task]) -> list[list[dict[str, Any]]]:
+        """Layers of one draw, of one shape and rank, together where a method can: `judge` of each, in their order."""
+        with self._threads(tasks[0]) as threads:
+            return [[found | {"threads": threads} for found in judged] for judged in self._judged(tasks)]
 
     @contextmanager
     def _threads(self, task: Task) -> Iterator[int]:
@@ -82,31 +87,37 @@ class LayerJudge:
         info = self.table.infos[task.index]
         threads = self.threads if info.d * info.k > ONE_THREAD else 1
         torch.set_num_threads(threads)
+        keep_temporaries()  # a tenth of the time of a small layer
         try:
             yield threads
         finally:
             torch.set_num_threads(self.threads)
 
-    def _judged(self, task: Task) -> list[dict[str, Any]]:
+    def _judged(self, tasks: Sequence[Task]) -> list[list[dict[str, Any]]]:
+        seen = [self._see(task) for task in tasks]
+        measured: list[list[dict[str, Any]]] = [[] for _ in tasks]
+        for name, method in self.methods.items():
+            chosen = [i for i, task in enumerate(tasks) if name in task.variants]
+            recovered = self._recover_alike(method, [seen[i] for i in chosen])
+            for i, (found, candidates) in zip(chosen, recovered, strict=True):
+                if candidates is None:  # whatever it did to the stack, nobody else gets that
+                    seen[i].observation = self._observe(seen[i].layer, tasks[i])
+                elif self.digests:
+                    found["weights"] = [self._kept(candidate, found) for candidate in candidates]
+                measured[i].append(found | {"floor_w_error": seen[i].floor})
+        return measured
+
+    def _see(self, task: Task) -> Seen:
         layer = self.table.read(task.index, task.draw.models)
         merged = self._released(layer, task)
-        floor = floor_error(merged, layer)
-        observation = self._observe(layer, task, merged)
-        measured = []
-        for name in task.variants:
-            found, candidates = self._recover(self.methods[name], observation, layer)
-            if candidates is None:  # whatever it did to the stack, nobody else gets that
-                observation = self._observe(layer, task)
-            if candidates is not None and self.digests:
-                found["weights"] = [self._kept(candidate, found) for candidate in candidates]
-            measured.append(found | {"floor_w_error": floor})
-        return measured
+        return Seen(task, layer, self._observe(layer, task, merged), floor_error(merged, layer))
 
     def weights(self, task: Task) -> list[Tensor]:
         """The candidates (d, k) of the task's first variant, recovered again. Raises LowraError where it fails."""
         with self._threads(task):
             layer = self.table.read(task.index, task.draw.models)
-            found, candidates = self._recover(self.methods[task.variants[0]], self._observe(layer, task), layer)
+            seen = Seen(task, layer, self._observe(layer, task))
+            found, candidates = self._recover(self.methods[task.variants[0]], seen)
         if candidates is None:
             raise LowraError(f"Method {task.variants[0]!r} {found['status']} in a layer that it recovered before.")
         return [candidate.float() for candidate in candidates]
@@ -130,23 +141,52 @@ class LayerJudge:
         check_observation(observation)
         return observation
 
-    def _recover(self, method: Method, observation: Observation, layer: Layer) -> tuple[dict[str, Any], Tensor | None]:
+    def _recover_alike(self, method: Method, seen: Sequence[Seen]) -> list[tuple[dict[str, Any], Tensor | None]]:
+        """`_recover` of each layer, all at once where the method can; what goes wrong then is tried one by one."""
+        together = getattr(method, "recover_batch", None)
+        if together is None or len(seen) < 2:
+            return [self._recover(method, each) for each in seen]
+        before = [_state(each.observation.merged) for each in seen]
+        watched = [Watched(each.layer.weight) for each in seen]
+        observations = [replace(each.observation, watch=watch) for each, watch in zip(seen, watched, strict=True)]
+        started = time.perf_counter()
+        try:
+            recoveries = together(observations)
+            spent = time.perf_counter() - started - sum(watch.seconds for watch in watched)
+            return [
+                self._scored(recovery, each, state, watch, spent / len(seen))
+                for recovery, each, state, watch in zip(recoveries, seen, before, watched, strict=True)
+            ]
+        except (Exception, SystemExit):
+            return [
+                self._recover(method, replace(each, observation=self._observe(each.layer, each.task))) for each in seen
+            ]
+
+    def _recover(self, method: Method, seen: Seen) -> tuple[dict[str, Any], Tensor | None]:
         """Recover and score one layer: (measured fields, candidates (c, d, k) on the CPU or None where it failed)."""
+        observation = seen.observation
         before = _state(observation.merged)
-        watched = Watched(layer.weight)
+        watched = Watched(seen.layer.weight)
         started = time.perf_counter()
         try:
             recovery = method.recover(replace(observation, watch=watched))
             if observation.merged.is_cuda:
                 torch.cuda.synchronize(observation.merged.device)
             seconds = time.perf_counter() - started - watched.seconds
-            candidates = check_recovery(recovery, layer.weight.shape)
-            if _state(observation.merged) != before:
-                raise WroteIntoStack("it wrote into observation.merged, which is everybody's; work on a clone")
+            return self._scored(recovery, seen, before, watched, seconds)
         except (Exception, SystemExit) as error:  # a failed layer is marked, the sweep goes on
             return _failed(error, time.perf_counter() - started), None
-        errors = [weight_error(candidate, layer.weight) for candidate in candidates]
-        exact = [exact_fraction(candidate, layer.weight) for candidate in candidates]
+
+    def _scored(
+        self, recovery: Any, seen: Seen, before: Any, watched: Watched, seconds: float
+    ) -> tuple[dict[str, Any], Tensor]:
+        """What a method returned against the true weight; raises for what no method may return or do."""
+        weight = seen.layer.weight
+        candidates = check_recovery(recovery, weight.shape)
+        if _state(seen.observation.merged) != before:
+            raise WroteIntoStack("it wrote into observation.merged, which is everybody's; work on a clone")
+        errors = [weight_error(candidate, weight) for candidate in candidates]
+        exact = [exact_fraction(candidate, weight) for candidate in candidates]
         return {
             "w_error": sum(errors) / len(errors),
             "exact_fraction": sum(exact) / len(exact),
@@ -167,6 +207,16 @@ class LayerJudge:
         if self.keep is not None and slow:
             self.keep.keep(name, weight)
         return name
+
+
+@dataclass
+class Seen:
+    """A layer as a method gets it, beside the truth. floor: the W-Error that the merges' rounding leaves."""
+
+    task: Task
+    layer: Layer
+    observation: Observation
+    floor: float = math.nan
 
 
 @dataclass

@@ -119,18 +119,20 @@ def recover(
     with tqdm(total=total, unit="layer", disable=not todo, dynamic_ncols=True, mininterval=interval) as bar:
         for draw in finished:
             score(plan, models, draw, mine is not None)
-        for task, measured in pool.run(judge.judge, still_open(plan, store, todo, active, bar), jobs, threads):
+        for group, found in pool.run(judge.judge_alike, still_open(plan, store, todo, active, bar), jobs, threads):
             signals.check()
-            bar.set_description(str(task.draw), refresh=False)
-            for name, found in zip(task.variants, measured, strict=True):
-                record = store.append(plan.coordinates(task.draw, task.index, plan.variants[name]) | found)
-                if record["failed"]:
-                    told(record, outcome)
-            bar.update(len(task.variants))
-            remaining[task.draw] -= 1
-            if not remaining[task.draw]:
-                drop_hopeless(plan, store, task.draw, active)
-                score(plan, models, task.draw, mine is not None)
+            draw = group[0].draw
+            bar.set_description(str(draw), refresh=False)
+            for task, judged in zip(group, found, strict=True):
+                for name, measured in zip(task.variants, judged, strict=True):
+                    record = store.append(plan.coordinates(draw, task.index, plan.variants[name]) | measured)
+                    if record["failed"]:
+                        told(record, outcome)
+                bar.update(len(task.variants))
+            remaining[draw] -= len(group)
+            if not remaining[draw]:
+                drop_hopeless(plan, store, draw, active)
+                score(plan, models, draw, mine is not None)
                 if mine is None and time.monotonic() > due:
                     started = time.monotonic()
                     report(plan, store, figures=False)
@@ -152,12 +154,21 @@ def shares(plan: Plan) -> set[tuple[Draw, int]] | None:
     return {pair for position, pair in enumerate(pairs) if position in chosen}
 
 
-def still_open(plan: Plan, store: Store, todo: Sequence[Task], active: Sequence[str], bar: Any) -> Iterator[Task]:
-    """The tasks that nobody has finished meanwhile, of variants that are still tried.
+def still_open(
+    plan: Plan, store: Store, todo: Sequence[Task], active: Sequence[str], bar: Any
+) -> Iterator[tuple[Task, ...]]:
+    """The tasks that nobody has finished meanwhile, of variants that are still tried; small layers alike as one.
 
     Draws come in order. So do the layers of a draw, until another process is seen at work on them: from there on they
     come at random, so that the two do not walk side by side and do everything twice.
     """
+
+    def open_still(task: Task) -> Task:
+        lacking = [n for n in task.variants if not store.done(LAYER, plan.key(task.draw, task.index, plan.variants[n]))]
+        names = tuple(name for name in lacking if name in active)
+        bar.update(len(task.variants) - len(names))
+        return replace(task, variants=names)
+
     looked = time.monotonic()
     of_its_own = random.Random()  # what is worked at when is nobody's result
     alone = True
@@ -170,13 +181,12 @@ def still_open(plan: Plan, store: Store, todo: Sequence[Task], active: Sequence[
             if not alone:
                 chosen = of_its_own.randrange(len(waiting))
                 waiting[-1], waiting[chosen] = waiting[chosen], waiting[-1]
-            task = waiting.pop()
-            lacking = [
-                n for n in task.variants if not store.done(LAYER, plan.key(task.draw, task.index, plan.variants[n]))
-            ]
-            names = tuple(name for name in lacking if name in active)
-            bar.update(len(task.variants) - len(names))
-            yield replace(task, variants=names)
+            first = waiting.pop()
+            tasks, places = [first], reversed(range(len(waiting)))
+            while len(tasks) < plan.together(first) and (place := next(places, None)) is not None:
+                if plan.alike(waiting[place]) == plan.alike(first):
+                    tasks.append(waiting.pop(place))
+            yield tuple(open_still(task) for task in tasks)
 
 
 def score(plan: Plan, models: ModelJudge, draw: Draw, sharded: bool) -> None:

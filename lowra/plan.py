@@ -51,6 +51,12 @@ class Variant:
     key: str
 
 
+# Layers that are given to a process as one, at most, and numbers in their merges: four layers of a ViT miniature. More
+# gain little, leave other processes idle at the end, and do not fit into the caches.
+TOGETHER = 4
+TOGETHER_ENTRIES = 2**18
+
+
 @dataclass(frozen=True)
 class Task:
     """One layer of one draw, and the variants that have still to recover it: what a process works on at a time.
@@ -173,6 +179,20 @@ class Plan:
     def task(self, draw: drawing.Draw, index: int, variants: tuple[str, ...]) -> Task:
         """One layer of a draw, to be recovered by the named variants."""
         return Task(draw, index, variants, self.seed(draw, index), self.draw_seed(draw), self.granted(draw, index))
+
+    def alike(self, task: Task) -> tuple[int, int, int | None]:
+        """What layers of a draw must share to be recovered together: shape and granted rank."""
+        info = self.info(task.index)
+        return info.d, info.k, task.rank
+
+    def together(self, task: Task) -> int:
+        """How many layers like a task's are worked at as one: more than one only where calls cost more than numbers."""
+        if self.device.type != "cpu" or not any(
+            hasattr(each.method, "recover_batch") for each in self.variants.values()
+        ):
+            return 1
+        info = self.info(task.index)
+        return max(1, min(TOGETHER, TOGETHER_ENTRIES // (task.draw.n_loras * info.d * info.k)))
 
     def coordinates(self, draw: drawing.Draw, index: int, variant: Variant) -> dict[str, Any]:
         """What a record says besides what was measured: where it belongs."""

@@ -1,25 +1,36 @@
 """Many processes on one machine: tasks to workers, results back as they come.
 
-joblib's loky starts the workers; each computes on its share of the cores, so that the thread pools of several BLAS
-libraries do not spin against each other. Work and tasks are pickled; results come in the order they are ready.
+loky starts the workers; each computes on its share of the cores, so that the thread pools of several BLAS libraries do
+not spin against each other. Work and tasks are pickled; results come in the order they are ready.
+
+Commands fork their workers from one server that has imported what they need (`started`): torch once instead of in
+every worker, and its pages shared. Elsewhere a worker starts as a program of its own, which does not run the user's
+main module, as a fork from a server would.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
+import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lowra.errors import LowraError
 from lowra.imports import uncollected
+
+_USED: list[Any] = []  # the executor, where there is one
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,6 +38,18 @@ R = TypeVar("R")
 # A worker imports torch (some 3 s, 0.4 GB) before its first task: not worth it for less.
 MIN_TASKS = 16
 WORKER_BYTES = 0.5e9
+
+# Seconds until a worker that nothing is asked of ends.
+IDLE = 300
+
+# How many threads a library may start of itself, by environment variables of the usual ones.
+THREADS = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
 
 
 def choose_jobs(tasks: int, cores: int, bytes_per_task: float, device: str) -> int:
@@ -59,21 +82,39 @@ def threads_of(jobs: int) -> int:
 
 @contextlib.contextmanager
 def started(jobs: int | None, *modules: str) -> Iterator[None]:
-    """Workers that start now and import some modules, while this process plans what a `run` inside has for them to do.
+    """Workers, or their server, that import some modules now, while this process plans what they have to do.
 
-    loky gives a later `run` the same processes if jobs and threads are the same. On leaving they are stopped.
-    jobs: None where they are chosen later.
+    A `run` inside gives it to them if jobs and threads are the same. On leaving, the workers are stopped; a server ends
+    with this process. jobs: None where they are chosen later.
     """
+    forked = _may_fork()
+    if forked:
+        multiprocessing.set_forkserver_preload(list(modules))
     if jobs is None or jobs == 1:
         yield
         return
-    imported = _workers(_import, [modules] * jobs, jobs, threads_of(jobs))
+    threads = threads_of(jobs)
+    with _starting(threads):
+        if forked:
+            from multiprocessing import forkserver
+
+            forkserver.ensure_running()
+        else:
+            executor = _executor(jobs, threads)
+            for _ in range(jobs):
+                executor.submit(_import, *modules)
     try:
         yield
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of results that nobody took: there are none
-            imported.close()
+        _stop()
+
+
+def _may_fork() -> bool:
+    """Whether workers may be forked from a server: they run the main module, which has to be one of ours for that."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    name = spec.name.split(".")[0] if spec is not None else Path(getattr(main, "__file__", None) or "").stem
+    return name == "lowra" and "forkserver" in multiprocessing.get_all_start_methods()
 
 
 def run(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int) -> Iterator[tuple[T, R]]:
@@ -101,45 +142,79 @@ def _parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: in
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise LowraError(f"The work cannot be sent to other processes ({error}); use jobs=1.") from None
     name = f"{os.getpid()}-{time.monotonic_ns()}"
-    results = _workers(_worker, ((name, sent, task, threads) for task in tasks), jobs, threads)
+    waiting = iter(tasks)
+    pending: set[Future[tuple[T, R]]] = set()
+
+    def submit(count: int) -> None:
+        for task in itertools.islice(waiting, count):
+            with _starting(threads):  # a worker may be
+                pending.add(executor.submit(_worker, name, sent, task, threads))
+
+    executor = _executor(jobs, threads)
     try:
-        yield from results
+        submit(2 * jobs)  # so that nobody waits for this process
+        while pending:
+            done, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                pending.remove(future)
+                submit(1)
+                yield future.result()
     except BrokenProcessPool:
         raise LowraError(
             "A worker process was killed, perhaps for want of memory; what was finished is kept. Start the same "
             "command again with fewer processes, such as jobs=1."
         ) from None
     finally:
-        results.close()  # ends the workers where they are still at work
+        if pending:  # an error, an interrupt, or nobody wants the rest
+            _stop()
 
 
-def _workers(
-    work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], jobs: int, threads: int
-) -> Generator[Any, None, None]:
-    """Results of calls in worker processes as they come; closing the iterator stops the processes."""
-    from joblib import Parallel, delayed, parallel_config
+def _executor(jobs: int, threads: int) -> Any:
+    """The processes, the same as long as jobs and threads are."""
+    from loky import get_reusable_executor
 
     # Large layers leave more on a worker's heap than loky takes for sound: it starts another, and nobody need know.
-    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
-    # Watched from its first moment: a worker that is still importing when its parent is killed would wait for minutes.
-    watched = {"initializer": _watch_parent, "initargs": (os.getpid(),)}
-    with _signals_blocked(), parallel_config(backend="loky", inner_max_num_threads=threads, **watched):
-        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch=2 * jobs, batch_size=1)
-        results: Generator[Any, None, None] = pool(delayed(work)(*each) for each in arguments)
-    return results
+    warnings.filterwarnings("ignore", "A worker (stopped|was restarted) while some jobs", UserWarning)
+    forked = _may_fork()
+    _USED[:] = [
+        get_reusable_executor(
+            jobs,
+            context=multiprocessing.get_context("forkserver") if forked else None,
+            timeout=IDLE,
+            # Watched from its first moment: a worker that is still importing when its parent is killed would wait.
+            initializer=_watch,
+            initargs=(os.getpid(), forked),
+            env=dict.fromkeys(THREADS, str(threads)),
+        )
+    ]
+    return _USED[0]
+
+
+def _stop() -> None:
+    """End the workers, at work or not."""
+    for executor in _USED:
+        executor.shutdown(wait=True, kill_workers=True)
+    _USED.clear()
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Workers started inside never see an interrupt: it is the parent's to answer, which stops them."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+def _starting(threads: int) -> Iterator[None]:
+    """Processes started inside have so many threads, and never see an interrupt: it is the parent's to answer."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, str(threads)))
+    mask = None
+    if hasattr(signal, "pthread_sigmask"):
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 # ---- In a worker ------------------------------------------------------------------------------------------------
@@ -164,12 +239,15 @@ def _import(*modules: str) -> None:
             importlib.import_module(module)
 
 
-def _watch_parent(parent: int) -> None:
-    threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
+def _watch(user: int, forked: bool) -> None:
+    """Watch over the process that uses this worker, from a thread. forked: whether by a server of it."""
+    threading.Thread(target=_leave_with, args=(user, forked), daemon=True).start()
 
 
-def _leave_with_parent(parent: int) -> None:
-    """End this worker when the process that started it is gone, so that a killed run leaves nobody behind."""
-    while os.getppid() == parent:
+def _leave_with(user: int, forked: bool) -> None:
+    """End this worker when the process that uses it is gone, so that a killed run leaves nobody behind."""
+    if forked and (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+    while not forked and os.getppid() == user:
         time.sleep(1)
     os._exit(1)

@@ -24,8 +24,9 @@ def run(cfg: DictConfig) -> Any:
     from lowra.settings import check_settings
 
     check_settings(cfg)  # before any process is started
-    # They import torch while this process does; pandas too, which pyarrow asks for when it reads its first layer.
-    with pool.started(cfg.jobs, "lowra.judge", "pandas"):
+    # Imported for the workers while this process does it; pandas too, which pyarrow asks for at its first layer, and
+    # this module with its command line, which is the main one.
+    with pool.started(cfg.jobs, "lowra.judge", "pandas", "lowra.cli"):
         with uncollected():
             import pandas  # noqa: F401
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -156,7 +157,30 @@ def _checks(method: Method, order_tolerance: float, transposes: bool) -> Iterato
         if not (math.isfinite(error) and abs(error - straight) <= order_tolerance):
             raise AssertionError(f"W-Error {straight:.3f} becomes {error:.3f} with the layer transposed")
 
-    checks = [answers, hands_off, unknown_rank, two_models, determinism, own_random_numbers, order, types, sent]
+    def together() -> None:
+        batch = getattr(method, "recover_batch", None)
+        if batch is None:
+            return
+        layers = [Observation(stack * scale, rank, seed=seed) for seed, scale in enumerate((1.0, 0.5, 2.0))]
+        recoveries = batch([replace(layer, merged=layer.merged.clone()) for layer in layers])
+        if len(recoveries) != len(layers):
+            raise AssertionError(f"recover_batch returned {len(recoveries)} recoveries of {len(layers)} layers")
+        for layer, recovery in zip(layers, recoveries, strict=True):
+            if not torch.equal(check_recovery(recovery, weight.shape), recover(layer)):
+                raise AssertionError("recover_batch gives another answer than recover")
+
+    checks = [
+        answers,
+        hands_off,
+        unknown_rank,
+        two_models,
+        determinism,
+        own_random_numbers,
+        order,
+        types,
+        sent,
+        together,
+    ]
     yield from ((check.__name__, check) for check in [*checks, *([transpose] if transposes else [])])
 
 

@@ -48,7 +48,7 @@ def test_a_slip_of_the_finger_is_told_before_torch_is_loaded_or_a_process_starte
         "sys.argv = ['lowra.run', 'subset=vit', 'jobs=2', 'trials=many']\n"
         "try:\n    runpy.run_module('lowra.run', run_name='__main__')\n"
         "except SystemExit as end:\n    print('status', end.code)\n"
-        "print('heavy:', [m for m in ('torch', 'pandas', 'joblib.externals.loky') if m in sys.modules])"
+        "print('heavy:', [m for m in ('torch', 'pandas', 'loky') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert "error: trials is 'many'; expected a whole number." in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,15 @@ def numbers(folder: Path) -> pd.DataFrame:
 
 def counted(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[tuple[int, int, tuple[str, ...]]]:
     """The (trial, layer, variants) that are recovered from now on; interrupted after so many."""
-    real, done = LayerJudge.judge, []
+    real, done = LayerJudge.judge_alike, []
 
-    def judge(self: LayerJudge, task: plan.Task) -> Any:
+    def judge(self: LayerJudge, tasks: Sequence[plan.Task]) -> Any:
         if len(done) == stop_after:
             raise KeyboardInterrupt
-        done.append((task.draw.trial, task.index, task.variants))
-        return real(self, task)
+        done.extend((task.draw.trial, task.index, task.variants) for task in tasks)
+        return real(self, tasks)
 
-    monkeypatch.setattr(LayerJudge, "judge", judge)
+    monkeypatch.setattr(LayerJudge, "judge_alike", judge)
     return done
 
 
@@ -172,11 +173,12 @@ def test_two_processes_on_one_folder_share_the_work(tmp_path: Path, custom: Conf
     judge = pipeline.layer_judge(made, 1)
     worked = 0
     for pair in itertools.zip_longest(*walks):
-        for task, store in zip(pair, stores, strict=True):
-            if task is not None and task.variants:
-                worked += 1
-                (found,) = judge.judge(task)
-                store.append(made.coordinates(task.draw, task.index, made.variants["mean_lora"]) | found)
+        for tasks, store in zip(pair, stores, strict=True):
+            for task in tasks or ():
+                if task.variants:
+                    worked += 1
+                    (found,) = judge.judge(task)
+                    store.append(made.coordinates(task.draw, task.index, made.variants["mean_lora"]) | found)
     assert len({record["key"] for record in stores[0].all("layer")}) == len(todo) == 40
     assert worked <= 48  # side by side all the way it would be 80
 
@@ -370,6 +372,49 @@ def test_a_method_that_fails_spoils_nobody_elses_numbers(
     assert good["floor_w_error"].tolist() == alone["floor_w_error"].tolist()
     assert len(outcome.failures) == 1
     assert BAD[body] in capsys.readouterr().err
+
+
+BATCHES = {
+    "good": "return [self.recover(each) for each in observations]",
+    "fails": "raise ValueError('too many')",
+    "fewer": "return [self.recover(each) for each in observations][1:]",
+    "wrong": "return [self.recover(observations[0])] + [None] * (len(observations) - 1)",
+    "writes": "return [self.recover(each) for each in observations if each.merged.mul_(2) is not None]",
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_small_layers_alike_are_given_to_a_method_together(
+    kind: str, tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong with several at once, each is recovered as it is alone."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"batch_{kind}.py").write_text(
+        "from lowra.methods import Recovery\n\nASKED = []\n\nclass Mean:\n"
+        "    pretty, reference, needs_rank = 'Mean', '', False\n\n"
+        "    def recover(self, observation):\n        return Recovery(observation.merged.mean(0, keepdim=True))\n\n"
+        "    def recover_batch(self, observations):\n        ASKED.append(len(observations))\n"
+        f"        {BATCHES[kind]}\n"
+    )
+    shapes = [(24, 16)] * 5 + [(16, 24)] * 2
+    layers = [
+        dataclasses.replace(layer, name=f"model.layers.{i}.self_attn.q_proj.weight")
+        for i, (d, k) in enumerate(shapes)
+        for layer in planted_layers(layers=1, d=d, k=k, seed=i)
+    ]
+    write_dataset(layers, tmp_path / "alike")
+    data = ["subset=custom", "source=published", f"source.path={tmp_path}/alike", "n_loras=3", "trials=2", "jobs=1"]
+    methods = ["methods=[]", "+methods.mean_lora={like: mean_lora}"]
+    outcome = pipeline.run(configure(*data, *methods, f"+methods.mine={{_target_: batch_{kind}.Mean}}"))
+    assert not outcome.failures
+    found = read([outcome.folder]).layers
+    assert len(found) == 2 * 2 * 7
+    ours, theirs = (
+        found[found["method"] == name].sort_values(["trial", "layer_name"]) for name in ("mine", "mean_lora")
+    )
+    assert ours["w_error"].tolist() == theirs["w_error"].tolist()
+    asked = sys.modules[f"batch_{kind}"].ASKED
+    assert asked == [4, 2] * 2  # of seven layers four alike, one more alone, and two of another shape
 
 
 def test_a_method_that_fails_everywhere_ends_with_its_error(dataset: Path, tmp_path: Path) -> None:

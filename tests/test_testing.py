@@ -85,9 +85,28 @@ class MixedStats:
         return Recovery(observation.merged.mean(0, keepdim=True), stats={"x": value})
 
 
+class OtherTogether:
+    """Answers otherwise for several layers at once."""
+
+    def recover(self, observation: Observation) -> Recovery:
+        return Recovery(observation.merged.mean(0, keepdim=True))
+
+    def recover_batch(self, observations: list[Observation]) -> list[Recovery]:
+        return [Recovery(each.merged.mean(0, keepdim=True) * (1 + 1e-6 * i)) for i, each in enumerate(observations)]
+
+
+class FewerTogether(OtherTogether):
+    """Loses a layer where there are several."""
+
+    def recover_batch(self, observations: list[Observation]) -> list[Recovery]:
+        return super().recover_batch(observations)[1:]
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
+        (OtherTogether(), "together: recover_batch gives another answer than recover"),
+        (FewerTogether(), "together: recover_batch returned 2 recoveries of 3 layers"),
         (Counted(), "determinism: the same seed gives another answer"),
         (writes, r"hands_off: writes into observation\.merged"),
         (complex_answer, "answers: .*complex64; expected a dense one of real"),

@@ -66,6 +66,9 @@ class Method(Protocol):
     Implementations are frozen dataclasses in a module named as their config key. `pretty` is the name in tables,
     `reference` where the method is described. Setting `needs_rank = True` makes the run fail early, not in the
     middle, when the setting does not grant the rank.
+
+    A method may also have `recover_batch(observations)`, a list of what `recover` gives for each, bit for bit, where it
+    is faster to recover several layers of one draw, shape and granted rank at once. Small layers are given to it so.
     """
 
     @property
@@ -123,6 +126,12 @@ class ObjectMethod:
     def recover(self, observation: Observation) -> Recovery:
         """The object's own."""
         return self.target.recover(observation)  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        """`recover_batch`, where the object has it."""
+        if name == "recover_batch":
+            return getattr(self.target, name)
+        raise AttributeError(name)
 
 
 GRANTED = ("rank", "seed", "storage")

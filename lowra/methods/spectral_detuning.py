@@ -7,10 +7,11 @@ Where this differs from the pseudocode (nothing but rounding and the random draw
 
 1. The truncation is `torch.svd_lowrank` written out (`svd_truncation`): the same numbers to rounding, and on small
    layers, where calls cost more than arithmetic, half the time. There the n truncations of a step also run as one
-   batch and share a Gaussian test matrix instead of drawing n of them.
+   batch and share a Gaussian test matrix instead of drawing n of them, and several layers step side by side
+   (`recover_batch`), each with its own scheduler and random numbers: bit for bit what they give one by one.
 2. M_i is subtracted as the factors it comes in. The loss takes (W'_i - M_i) - W, which the W-step has at hand, for
    W'_i - (W + M_i).
-3. The random numbers come from the observation's own seed; the global generator is left as it was.
+3. The random numbers come from a generator with the observation's own seed.
 4. Only with `compress`: the iteration runs in the joint subspace (`joint_subspace`), its last steps in float64
    (`FLOAT64_SHARE`), and the truncation leaves out an SVD that cancels (`projection`).
 """
@@ -18,7 +19,7 @@ Where this differs from the pseudocode (nothing but rounding and the random draw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,6 +45,13 @@ FLOAT64_SHARE = 0.1
 # Models are truncated together while they hold at most this many numbers in all. One batch saves most of the time of a
 # small layer, which is the overhead of calls; larger matrices, one by one, stay in the cache and are as fast or faster.
 BATCH_ENTRIES = 2**17
+
+# Layers step side by side where each one's parts begin at multiples of so many numbers, as they do by themselves: BLAS
+# and LAPACK sum in another order from elsewhere.
+ALIGNED = 16
+
+# What gives rank-r factors of matrices (m, a, b), with a generator for each layer they are of.
+Truncation = Callable[[Tensor, int, Sequence[torch.Generator]], tuple[Tensor, Tensor]]
 
 # Rows of a layer that are in float64 at a time: 256 x 4096 numbers are 8 MB, near the caches, where a whole layer is
 # 128 MB and its traffic costs as much as the products.
@@ -103,79 +111,159 @@ class SpectralDeTuning:
         residual, Algorithm 2), its rank and whether the subspace was used in the stats.
         Raises LowraError for a stack no method can work on, or when no rank is given.
         """
-        check_observation(observation)
-        rank = observation.rank
+        return self._recover([observation])[0]
+
+    def recover_batch(self, observations: Sequence[Observation]) -> list[Recovery]:
+        """What `recover` gives for each of several layers, in less time where they are small and of one shape."""
+        kinds = {(each.merged.shape, each.merged.dtype, each.merged.device, each.rank) for each in observations}
+        n, d, k = observations[0].merged.shape
+        together = n * d * k <= BATCH_ENTRIES and n * d % ALIGNED == n * k % ALIGNED == 0
+        if len(kinds) == 1 and together and not self.compress:
+            return self._recover(observations)
+        return [self.recover(observation) for observation in observations]
+
+    def _recover(self, observations: Sequence[Observation]) -> list[Recovery]:
+        """Layers side by side; more than one only where a layer's models are one batch, and without `compress`."""
+        for observation in observations:
+            check_observation(observation)
+        first = observations[0]
+        rank = first.rank
         if rank is None:
             raise LowraError("Spectral DeTuning needs the LoRA rank, and this setting does not grant it.")
-        stack = observation.merged
-        n, d, k = stack.shape
+        n, d, k = first.merged.shape
         compressed = self.compress and n * rank < min(d, k)
-        watch = observation.watch if self.keep_history else None
-        # Without autograd's book-keeping, a tenth of the time of a small layer.
-        with torch.random.fork_rng(devices=[stack.device] if stack.is_cuda else []), torch.inference_mode():
-            torch.manual_seed(observation.seed)
+        generators = [torch.Generator(first.merged.device).manual_seed(each.seed) for each in observations]
+        watches = [each.watch if self.keep_history else None for each in observations]
+        with torch.inference_mode():  # without autograd's book-keeping, a tenth of the time of a small layer
             if compressed:
-                left, right, mean, cores, outside = joint_subspace(stack, rank)
+                (stack,) = (each.merged for each in observations)
+                left, right, mean, cores, outside = joint_subspace(stack, rank, generators[0])
 
                 def lifted(core: Tensor) -> Tensor:
                     # In float32, as Algorithm 2 works: W is a float32 weight, and rounding to its grid only helps.
                     return (mean + left @ core.to(left.dtype) @ right.mT).to(stack.dtype)  # (d, k)
 
-                seen = (lambda core: watch(lifted(core))) if watch else None
-                core, history = self._iterate(
-                    cores, rank, projection, stack.dtype, entries=d * k, outside=outside, watch=seen
+                seen = [(lambda core, watch=watch: watch(lifted(core))) if watch else None for watch in watches]
+                found, histories = self._iterate(
+                    cores.unsqueeze(0), rank, projection, stack.dtype, generators, seen, entries=d * k, outside=outside
                 )
-                weight = lifted(core)
+                weights = lifted(found[0]).unsqueeze(0)  # (1, d, k)
             else:
-                weight, history = self._iterate(stack, rank, svd_truncation, stack.dtype, entries=d * k, watch=watch)
-        last = history[-1]
-        return Recovery(
-            weight.clone().unsqueeze(0),  # an ordinary tensor again
-            stats={"loss": last["loss"], "final_rank": int(last["rank"]), "compressed": compressed},
-            history=history if self.keep_history else None,
-        )
+                stacks = first.merged.unsqueeze(0)  # (1, n, d, k)
+                if len(observations) > 1:
+                    stacks = torch.stack([each.merged for each in observations])  # (l, n, d, k)
+                weights, histories = self._iterate(
+                    stacks, rank, svd_truncation, stacks.dtype, generators, watches, entries=d * k
+                )
+        return [
+            Recovery(
+                weight.clone().unsqueeze(0),  # an ordinary tensor again
+                stats={
+                    "loss": history[-1]["loss"],
+                    "final_rank": int(history[-1]["rank"]),
+                    "compressed": compressed,
+                },
+                history=history if self.keep_history else None,
+            )
+            for weight, history in zip(weights, histories, strict=True)
+        ]
 
     def _iterate(
         self,
-        stack: Tensor,
+        stacks: Tensor,
         rank: int,
-        truncate: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+        truncate: Truncation,
         early_dtype: torch.dtype,
+        generators: Sequence[torch.Generator],
+        watches: Sequence[Callable[[Tensor], None] | None],
         *,
         entries: int,
         outside: float = 0.0,
-        watch: Callable[[Tensor], None] | None = None,
-    ) -> tuple[Tensor, list[dict[str, float]]]:
-        """Algorithm 2 on a stack (n, a, b): the merged weights, or their cores in the joint subspace.
+    ) -> tuple[Tensor, list[list[dict[str, float]]]]:
+        """Algorithm 2 on the stacks (l, n, a, b) of l layers: the merged weights, or their cores in the joint subspace.
 
-        All steps but the last (`FLOAT64_SHARE`) run in `early_dtype`, those in the dtype of the stack. `entries` is the
-        number of weights of the layer and `outside` the squared norm per model that the stack leaves out: with them
-        the loss is the full layer's in either space. Returns W (a, b) and the loss and the rank of every step.
+        All steps but the last (`FLOAT64_SHARE`) run in `early_dtype`, those in the dtype of the stacks. `entries` is
+        the number of weights of a layer and `outside` the squared norm per model that the stack leaves out: with them
+        the loss is the full layer's in either space. Returns W (l, a, b) and, of each layer, the loss and the rank of
+        every step.
         """
-        ranks = RankScheduler(self, rank) if self.scheduler else None
-        current_rank = ranks.current_rank if ranks else rank
-        merged = stack.to(early_dtype)
-        rest = torch.empty_like(merged)  # (n, a, b), what the rank-r updates leave of the merged weights
-        weight = merged.mean(0)  # (a, b)
-        batch_size = max(1, BATCH_ENTRIES // weight.numel())
-        history = []
+        count, n, a, b = stacks.shape
+        schedulers = [RankScheduler(self, rank) for _ in range(count)] if self.scheduler else []
+        ranks = [scheduler.current_rank for scheduler in schedulers] or [rank] * count
+        size = min(n, max(1, BATCH_ENTRIES // (a * b)))
+        parts = [slice(start, start + size) for start in range(0, n, size)]
+        work = _Work.of(stacks.to(early_dtype), parts)
+        weight = work.merged.mean(1)  # (l, a, b)
+        histories: list[list[dict[str, float]]] = [[] for _ in range(count)]
         for step in range(self.steps if self.stop_after is None else self.stop_after):
-            if step == self.steps - math.ceil(FLOAT64_SHARE * self.steps):
-                merged, rest, weight = stack, rest.to(stack.dtype), weight.to(stack.dtype)
-            # M-step (Eq. 5): W'_i - M_i.
-            for batch, part in zip(merged.split(batch_size), rest.split(batch_size), strict=True):
-                left, right = truncate(batch - weight, current_rank)
-                torch.baddbmm(batch, left, right.mT, alpha=-1, out=part)
+            if step == self.steps - math.ceil(FLOAT64_SHARE * self.steps) and stacks.dtype != early_dtype:
+                work, weight = _Work.of(stacks, parts), weight.to(stacks.dtype)
+            # M-step (Eq. 5): W'_i - M_i, of the layers that are at one rank together.
+            for current in sorted(set(ranks)):
+                layers = [i for i in range(count) if ranks[i] == current]
+                work.without_updates(weight, layers, truncate, current, [generators[i] for i in layers])
             # W-step (Eq. 7), and the loss with the new W.
-            weight = rest.mean(0)  # (a, b)
-            squares = sum(float(p.sub_(weight).square_().mean()) * len(p) for p in rest.split(batch_size))
-            loss = (squares / len(rest) * weight.numel() + outside) / entries
-            history.append({"loss": loss, "rank": float(current_rank)})
-            if watch:
-                watch(weight)
-            if ranks:
-                current_rank = ranks.step(loss)
-        return weight, history
+            weight = work.rest.mean(1)  # (l, a, b)
+            for i, squares in enumerate(work.squares(weight)):
+                loss = (squares / n * (a * b) + outside) / entries
+                histories[i].append({"loss": loss, "rank": float(ranks[i])})
+                if watch := watches[i]:
+                    watch(weight[i])
+                if schedulers:
+                    ranks[i] = schedulers[i].step(loss)
+        return weight, histories
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a step works on, made once: new memory at every step takes half the time of a difference.
+
+    merged: (l, n, a, b). rest: like it, what the rank-r updates leave of the merged weights. differences: (l, c, a, b),
+    W'_i - W of c models at a time. parts: those models.
+    """
+
+    merged: Tensor
+    rest: Tensor
+    differences: Tensor
+    parts: Sequence[slice]
+
+    @classmethod
+    def of(cls, merged: Tensor, parts: Sequence[slice]) -> _Work:
+        """For a stack, so many models at a time."""
+        return cls(merged, torch.empty_like(merged), torch.empty_like(merged[:, parts[0]]), parts)
+
+    def without_updates(
+        self,
+        weight: Tensor,
+        layers: Sequence[int],
+        truncate: Truncation,
+        rank: int,
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        """Put W'_i - M_i of some layers into `rest`. weight: W of all layers (l, a, b)."""
+        if len(layers) == len(self.merged):
+            merged, rest = self.merged, self.rest
+        else:
+            merged, weight = self.merged[layers], weight[layers]
+            rest = torch.empty_like(merged)
+        weight = weight.unsqueeze(1)  # (l, 1, a, b)
+        for part in self.parts:
+            taken = merged[:, part]  # (l, c, a, b)
+            difference = self.differences[: len(layers), : taken.shape[1]]
+            torch.sub(taken, weight, out=difference)
+            left, right = truncate(difference.flatten(0, 1), rank, generators)  # (l c, a, r), (l c, b, r)
+            torch.baddbmm(taken.flatten(0, 1), left, right.mT, alpha=-1, out=rest[:, part].flatten(0, 1))
+        if rest is not self.rest:
+            self.rest[layers] = rest
+
+    def squares(self, weight: Tensor) -> list[float]:
+        """Of each layer the sum over models of the mean square of (W'_i - M_i) - W; `rest` is used up."""
+        found = [0.0] * len(self.rest)
+        for part in self.parts:
+            off = self.rest[:, part].sub_(weight.unsqueeze(1)).square_()
+            for i, layer in enumerate(off):
+                found[i] += float(layer.mean()) * len(layer)
+        return found
 
 
 class RankScheduler:
@@ -210,34 +298,44 @@ class RankScheduler:
         return self.current_rank
 
 
-def leading_columns(stack: Tensor, rank: int) -> Tensor:
-    """Orthonormal (n, a, r) that nearly span the leading r columns of matrices (n, a, b), as `torch.svd_lowrank` does.
+def leading_columns(stack: Tensor, rank: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Orthonormal (m, a, r) that nearly span the leading r columns of matrices (m, a, b), as `torch.svd_lowrank` does.
 
     A randomised range finder with subspace iteration (Halko et al. 2011, Alg. 4.4). Products are written with the thin
     factor's transpose on the left: QR returns columns, and rows of a batch are multiplied three times as fast.
+    generators: one for each layer; the matrices are the layers' in turn, as many of each.
     """
-    n, _, b = stack.shape
-    test = torch.randn(b, rank, dtype=stack.dtype, device=stack.device)
-    basis = torch.linalg.qr(torch.bmm(test.mT.expand(n, rank, b), stack.mT).mT).Q  # (n, a, r)
+    b = stack.shape[2]
+    layers = stack.split(len(stack) // len(generators))
+    products = [
+        torch.bmm(gaussian(b, rank, stack, generator).mT.expand(len(layer), rank, b), layer.mT)
+        for layer, generator in zip(layers, generators, strict=True)
+    ]
+    basis = torch.linalg.qr((torch.cat(products) if len(products) > 1 else products[0]).mT).Q  # (m, a, r)
     for _ in range(SUBSPACE_ITERATIONS):
-        basis = torch.linalg.qr(torch.bmm(basis.mT, stack).mT).Q  # (n, b, r)
-        basis = torch.linalg.qr(torch.bmm(basis.mT, stack.mT).mT).Q  # (n, a, r)
+        basis = torch.linalg.qr(torch.bmm(basis.mT, stack).mT).Q  # (m, b, r)
+        basis = torch.linalg.qr(torch.bmm(basis.mT, stack.mT).mT).Q  # (m, a, r)
     return basis
 
 
-def svd_truncation(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Rank-r approximations of a stack (n, a, b) as Algorithm 2 computes them: U S (n, a, r) and V (n, b, r)."""
+def gaussian(rows: int, columns: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """A random matrix of the dtype and device of another tensor."""
+    return torch.randn(rows, columns, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def svd_truncation(stack: Tensor, rank: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """Rank-r approximations of a stack (m, a, b) as Algorithm 2 computes them: U S (m, a, r) and V (m, b, r)."""
     if stack.shape[-2] < stack.shape[-1]:
-        left, right = svd_truncation(stack.mT, rank)
+        left, right = svd_truncation(stack.mT, rank, generators)
         return right, left
-    basis = leading_columns(stack, rank)
+    basis = leading_columns(stack, rank, generators)
     # Lying down, as torch takes it, LAPACK needs twice as long.
-    standing = torch.bmm(basis.mT, stack).mT  # (n, b, r)
-    right, values, turn = torch.linalg.svd(standing, full_matrices=False)  # (n, b, r), (n, r), (n, r, r)
+    standing = torch.bmm(basis.mT, stack).mT  # (m, b, r)
+    right, values, turn = torch.linalg.svd(standing, full_matrices=False)  # (m, b, r), (m, r), (m, r, r)
     return torch.bmm(basis, turn.mT).mul_(values.unsqueeze(-2)), right
 
 
-def projection(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def projection(stack: Tensor, rank: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
     """The same approximations as `svd_truncation`, to rounding, without its inner SVD: factors Q and A^T Q.
 
     `torch.svd_lowrank(A, q=r)` finds an orthonormal Q of r columns and then the SVD of the small Q^T A. All its r
@@ -246,13 +344,15 @@ def projection(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     paper's algorithm does, keeps the SVD.
     """
     if stack.shape[-2] < stack.shape[-1]:
-        left, right = projection(stack.mT, rank)
+        left, right = projection(stack.mT, rank, generators)
         return right, left
-    basis = leading_columns(stack, rank)
+    basis = leading_columns(stack, rank, generators)
     return basis, torch.bmm(basis.mT, stack).mT
 
 
-def joint_subspace(stack: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+def joint_subspace(
+    stack: Tensor, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     """Bases of everything the iteration can reach, and the stack seen in them.
 
     Algorithm 2 starts at the mean, and each step adds combinations of columns and rows of W'_i - mean: all iterates are
@@ -278,17 +378,17 @@ def joint_subspace(stack: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Te
     def transpose_times(merged: Tensor, left: Tensor) -> Tensor:  # (k, d) (d, c) -> (k, c)
         return sum((merged[block] - mean[block]).mT @ left[block] for block in rows)  # type: ignore[return-value]
 
-    def gaussian(size: int) -> Tensor:
-        return torch.randn(size, width, dtype=torch.float64, device=stack.device)
+    def test(size: int) -> Tensor:
+        return gaussian(size, width, mean, generator)
 
     def leading(pieces: list[Tensor]) -> Tensor:
         q, r = torch.linalg.qr(torch.cat(pieces, dim=1))  # (a, n width)
         return q @ torch.linalg.svd(r).U[:, :m]  # (a, m)
 
-    left = leading([times(merged, gaussian(k)) for merged in stack])
+    left = leading([times(merged, test(k)) for merged in stack])
     # Two half steps of subspace iteration, one pass over the data each, bring the bases to rounding.
-    right = leading([transpose_times(merged, left @ gaussian(m)) for merged in stack])
-    left = leading([times(merged, right @ gaussian(m)) for merged in stack])
+    right = leading([transpose_times(merged, left @ test(m)) for merged in stack])
+    left = leading([times(merged, right @ test(m)) for merged in stack])
     cores = torch.stack([left.mT @ times(merged, right) for merged in stack])  # (n, m, m)
     whole = sum(float((merged[block] - mean[block]).square_().sum()) for merged in stack for block in rows)
     return left, right, mean, cores, max(whole - float(cores.square().sum()), 0.0) / n

@@ -1,6 +1,7 @@
 """Spectral DeTuning against a second, plain statement of the paper's Algorithm 2, and its joint-subspace option."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,9 +81,13 @@ def w_error(estimate, weight):
     return math.log10((estimate.double() - weight.double()).square().mean())
 
 
-def exact_truncation(stack, rank):
+def exact_truncation(stack, rank, generators):
     u, s, vh = torch.linalg.svd(stack, full_matrices=False)
     return u[..., :rank] * s[..., None, :rank], vh[..., :rank, :].mT
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
@@ -126,8 +131,7 @@ def test_final_error_within_the_run_to_run_spread(n, size, rank):
 
 def test_truncation_is_svd_lowrank_for_the_same_draws():
     stack = layer(4, 30, 50, 6)[1]
-    torch.manual_seed(3)
-    left, right = svd_truncation(stack, 5)
+    left, right = svd_truncation(stack, 5, [seeded(3)])
     for matrix, approximation in zip(stack, left @ right.mT, strict=True):
         torch.manual_seed(3)
         u, s, v = torch.svd_lowrank(matrix, q=5)
@@ -138,10 +142,8 @@ def test_truncation_is_svd_lowrank_for_the_same_draws():
 @pytest.mark.parametrize("shape", [(3, 50, 30), (3, 30, 50)])
 def test_projection_is_the_same_truncation(shape):
     stack = torch.randn(shape, dtype=torch.float64)
-    torch.manual_seed(3)
-    left, right = svd_truncation(stack, 5)
-    torch.manual_seed(3)
-    basis, rows = projection(stack, 5)
+    left, right = svd_truncation(stack, 5, [seeded(3)])
+    basis, rows = projection(stack, 5, [seeded(3)])
     torch.testing.assert_close(basis @ rows.mT, left @ right.mT, rtol=0, atol=1e-12)
 
 
@@ -239,7 +241,7 @@ def test_compress_falls_back_where_the_subspace_is_no_smaller():
 def test_joint_subspace_holds_the_differences(rank):
     n, d, k = 3, 40, 50
     stack = layer(n, d, k, rank)[1].double()
-    left, right, mean, cores, outside = joint_subspace(stack, rank)
+    left, right, mean, cores, outside = joint_subspace(stack, rank, seeded(0))
     m = n * rank
     assert (left.shape, right.shape, cores.shape) == ((d, m), (k, m), (n, m, m))
     identity = torch.eye(m, dtype=torch.float64)
@@ -248,6 +250,61 @@ def test_joint_subspace_holds_the_differences(rank):
     # Left out is only the rounding of the float32 merges: 40 x 50 numbers of rms 1e-9.
     torch.testing.assert_close(left @ cores @ right.mT, stack - mean, rtol=0, atol=2e-8)
     assert 0 <= outside < d * k * 1e-17
+
+
+# ---- Layers side by side -----------------------------------------------------------------------------------------
+
+
+def observations(*shapes, rank=2):
+    """Layers of unlike signal, so that their schedulers raise the rank at different steps."""
+    stacks = [layer(*shape, rank, update=3.0 ** -(i + 4), seed=i)[1] for i, shape in enumerate(shapes)]
+    return [Observation(stack, rank=rank, seed=10 + i) for i, stack in enumerate(stacks)]
+
+
+@pytest.mark.parametrize("scheduler", [True, False])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(5, 96, 96)] * 4,
+        [(4, 64, 32)] * 3,
+        [(3, 32, 80)] * 2,
+        [(3, 17, 23)] * 3,  # begin at odd places: one by one
+        [(4, 48, 40), (4, 40, 48), (3, 48, 40)],  # unlike: one by one
+    ],
+)
+def test_layers_side_by_side_are_bit_for_bit_what_each_is_alone(shapes, scheduler):
+    method = SpectralDeTuning(steps=80, scheduler=scheduler, keep_history=True)
+    alone, shown, together = [], [], []
+    for each in observations(*shapes):
+        alone.append(method.recover(replace(each, watch=lambda weight: shown.append(weight.clone()))))
+    watched = [[] for _ in shapes]
+    seen = [
+        replace(each, watch=lambda weight, at=at: watched[at].append(weight.clone()))
+        for at, each in enumerate(observations(*shapes))
+    ]
+    together = method.recover_batch(seen)
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.candidates, other.candidates)
+        assert (one.stats, one.history) == (other.stats, other.history)
+    flat = [weight for each in watched for weight in each]
+    assert len(flat) == len(shown) == 80 * len(shapes)
+    assert all(torch.equal(a, b) for a, b in zip(shown, flat, strict=True))
+
+
+def test_layers_side_by_side_are_at_unlike_ranks_in_between():
+    """What the test above is about: without it, layers would never be taken out of the stack."""
+    method = SpectralDeTuning(steps=200, keep_history=True)
+    first, last = (method.recover_batch(observations(*[(5, 96, 96)] * 4, rank=4))[i].history for i in (0, 3))
+    assert [step["rank"] for step in first] != [step["rank"] for step in last]
+
+
+def test_large_layers_and_compressed_ones_are_recovered_one_by_one(monkeypatch):
+    calls = []
+    real = SpectralDeTuning._recover
+    monkeypatch.setattr(SpectralDeTuning, "_recover", lambda self, seen: calls.append(len(seen)) or real(self, seen))
+    SpectralDeTuning(steps=2, compress=True).recover_batch(observations(*[(4, 32, 32)] * 2))
+    SpectralDeTuning(steps=2).recover_batch(observations(*[(2, 256, 512)] * 2))
+    assert calls == [1, 1, 1, 1]
 
 
 # ---- Seeds, stacks with nothing in them, bad input ---------------------------------------------------------------

@@ -127,9 +127,11 @@ class Fit:
         def tangents() -> Iterator[Tensor]:
             return (left[batch].mT @ right[batch] for batch in self.batches())
 
-        mean = self.mean(tangents())
-        # Made twice rather than kept: all of them would be as large as the stack.
-        pulls = (part.sub_(mean).mul_(self.precision[b]) for b, part in zip(self.batches(), tangents(), strict=True))
+        batches = list(self.batches())
+        # Of several batches made twice rather than kept: all of them would be as large as the stack.
+        parts = list(tangents()) if len(batches) == 1 else None
+        mean = self.mean(parts or tangents())
+        pulls = (part.sub_(mean).mul_(self.precision[b]) for b, part in zip(batches, parts or tangents(), strict=True))
         return self.pulled(factors, pulls)
 
     def inverse_blocks(self, factors: Factors) -> tuple[Tensor, Tensor]:

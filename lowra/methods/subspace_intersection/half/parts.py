@@ -8,9 +8,7 @@ threads, so the results are too.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -25,11 +23,6 @@ PARTS = 8
 # A layer of more columns than this is cut lengthwise too, into tiles of about so many. Products of some rows with all
 # columns would read a whole factor for every few rows.
 WIDE, WIDTH = 1024, 512
-
-# Bytes of an allocation that is no tile's, the same where others compute (what glibc comes to by itself), and of what
-# is kept for tiles; the names are those of C's malloc.h.
-LAYERS, USUAL, KEPT = 2**23, 2**25, 2**26
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 T = TypeVar("T")
 B = TypeVar("B")
@@ -57,28 +50,6 @@ def threads(device: torch.device) -> Iterator[None]:
                 _POOL.reset(token)
     finally:
         torch.set_num_threads(count)
-
-
-@contextlib.contextmanager
-def temporaries_kept() -> Iterator[None]:
-    """Within, glibc keeps the memory of a tile's temporaries for the next ones, and gives that of whole layers back.
-
-    Left to itself it takes either for the other, as what was freed before has it: pages fetched again for every tile
-    took up to a third of a sweep, and what a part of a layer left was held to the end.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt if sys.platform == "linux" else None
-    except AttributeError:  # another C library
-        mallopt = None
-    if mallopt is None:
-        yield
-        return
-    mallopt(M_TRIM_THRESHOLD, KEPT)
-    mallopt(M_MMAP_THRESHOLD, LAYERS)
-    try:
-        yield
-    finally:
-        mallopt(M_MMAP_THRESHOLD, USUAL)
 
 
 def in_parts(work: Callable[[list[B]], T], blocks: Iterable[B]) -> list[T]:

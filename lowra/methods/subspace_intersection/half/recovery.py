@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lowra.allocator import temporaries_kept
 from lowra.methods.subspace_intersection.answer import Estimate
 from lowra.methods.subspace_intersection.half import levels
 from lowra.methods.subspace_intersection.half.cavity import Decoded, Sweep
 from lowra.methods.subspace_intersection.half.cells import format_of, grid_of
 from lowra.methods.subspace_intersection.half.doubt import SURE, SecondLook
 from lowra.methods.subspace_intersection.half.fit import Factors, Variances, qr_of
-from lowra.methods.subspace_intersection.half.parts import temporaries_kept, threads
+from lowra.methods.subspace_intersection.half.parts import threads
 from lowra.methods.subspace_intersection.half.rounds import (
     FROM_AFAR,
     FROM_NEARBY,
