@@ -81,11 +81,11 @@ def threads_of(jobs: int) -> int:
 
 
 @contextlib.contextmanager
-def started(jobs: int | None, *modules: str) -> Iterator[None]:
+def started(jobs: int | None, *modules: str, threads: int | None = None) -> Iterator[None]:
     """Workers, or their server, that import some modules now, while this process plans what they have to do.
 
     A `run` inside gives it to them if jobs and threads are the same. On leaving, the workers are stopped; a server ends
-    with this process. jobs: None where they are chosen later.
+    with this process. jobs: None where they are chosen later. threads: of each, by default their share.
     """
     forked = _may_fork()
     if forked:
@@ -93,7 +93,7 @@ def started(jobs: int | None, *modules: str) -> Iterator[None]:
     if jobs is None or jobs == 1:
         yield
         return
-    threads = threads_of(jobs)
+    threads = threads or threads_of(jobs)
     with _starting(threads):
         if forked:
             from multiprocessing import forkserver
@@ -200,8 +200,11 @@ def _stop() -> None:
 @contextlib.contextmanager
 def _starting(threads: int) -> Iterator[None]:
     """Processes started inside have so many threads, and never see an interrupt: it is the parent's to answer."""
-    before = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(dict.fromkeys(THREADS, str(threads)))
+    changes = dict.fromkeys(THREADS, str(threads))
+    if _may_fork():  # left to itself, a server looks for modules in the working directory first
+        changes |= {"PYTHONPATH": os.pathsep.join(place or os.curdir for place in sys.path), "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
     mask = None
     if hasattr(signal, "pthread_sigmask"):
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})

@@ -451,6 +451,22 @@ def command(dataset: Path, folder: Path, *overrides: str, **options: Any) -> sub
     return subprocess.run(arguments, cwd=folder, capture_output=True, text=True, **options)
 
 
+def test_workers_of_the_command_are_of_its_own_code(dataset: Path, tmp_path: Path) -> None:
+    """Where the working directory has another package of the name: workers are forked from a server started there."""
+    (tmp_path / "here" / "lowra").mkdir(parents=True)
+    (tmp_path / "here" / "lowra" / "__init__.py").write_text("raise SystemExit('the wrong lowra')\n")
+    arguments = ["subset=custom", "source=published", f"source.path={dataset}", "n_loras=3", "trials=2"]
+    arguments += ["methods=[mean_lora]", "jobs=2", f"results_dir={tmp_path / 'out'}"]
+    script = Path(sys.executable).with_name("lowra")
+    options = {"cwd": tmp_path / "here", "capture_output": True, "text": True}
+    done = subprocess.run([script, "run", *arguments], **options)
+    assert done.returncode == 0, done.stderr
+    alone = command(dataset, tmp_path, "methods=[mean_lora]", "trials=2", "jobs=1", f"results_dir={tmp_path / 'alone'}")
+    assert alone.returncode == 0, alone.stderr
+    found, expected = (numbers(tmp_path / name / "custom" / "published") for name in ("out", "alone"))
+    assert found["w_error"].tolist() == expected["w_error"].tolist()
+
+
 def test_a_method_of_ones_own_as_the_readme_shows(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "my_method.py").write_text(
         "def median(stack):  # (n, d, k) merged weights, nothing else\n    return stack.median(0).values\n"

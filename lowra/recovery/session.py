@@ -306,9 +306,9 @@ def _worked(plan: Plan, task: Task, pending: Sequence[int], progress: bool) -> I
     total, jobs = len(plan.matching.tensors), min(plan.request.jobs, max(1, len(pending)))
     threads = max(1, torch.get_num_threads() // jobs)
     work = Step(task, plan.matching.tensors, dict(zip(pending, pending[jobs:], strict=False)))
-    results = pool.run(work, pending, jobs, threads)
-    with tqdm(total=total, initial=total - len(pending), unit="tensor", disable=not progress) as bar:
-        for at, record in results:
+    bar = tqdm(total=total, initial=total - len(pending), unit="tensor", disable=not progress)
+    with pool.started(jobs, __name__, threads=threads), bar:
+        for at, record in pool.run(work, pending, jobs, threads):
             yield at, record
             bar.update()
 
