@@ -159,7 +159,7 @@ def _parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: in
                 pending.remove(future)
                 submit(1)
                 yield future.result()
-    except BrokenProcessPool:
+    except (BrokenProcessPool, EOFError, ConnectionError):  # the last two where the workers' server is gone
         raise LowraError(
             "A worker process was killed, perhaps for want of memory; what was finished is kept. Start the same "
             "command again with fewer processes, such as jobs=1."

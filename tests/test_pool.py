@@ -124,6 +124,18 @@ def test_a_killed_worker_is_a_sentence(forked: bool) -> None:
         list(pool.run(dying, [0, 1], 2, 1))
 
 
+def test_a_killed_server_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_may_fork", lambda: True)
+    results = pool.run(dozing, range(10_000), 2, 1)
+    next(results)
+    servers = [each for each in psutil.Process().children() if "forkserver" in " ".join(each.cmdline())]
+    for server in servers:
+        server.kill()
+    with pytest.raises(LowraError, match=r"A worker process was killed.*jobs=1"):
+        list(results)
+    assert len(servers) == 1
+
+
 def test_work_that_cannot_be_sent_is_a_sentence(forked: bool) -> None:
     held = threading.Lock()
     with pytest.raises(LowraError, match=r"cannot be sent to other processes.*jobs=1"):
@@ -136,7 +148,7 @@ sys.path.insert(0, {here!r})
 from lowra import pool
 pool._may_fork = lambda: {forked}
 def slow(task):
-    print('worker', os.getpid(), flush=True)
+    os.write(1, f'worker {{os.getpid()}}\n'.encode())  # one write: two print at once
     time.sleep(60)
 if __name__ == '__main__':
     for _ in pool.run(slow, range(4), 2, 1):
