@@ -148,7 +148,7 @@ sys.path.insert(0, {here!r})
 from lowra import pool
 pool._may_fork = lambda: {forked}
 def slow(task):
-    os.write(1, f'worker {{os.getpid()}}\n'.encode())  # one write: two print at once
+    os.write(1, f'worker {{os.getpid()}}\\n'.encode())  # one write: two print at once
     time.sleep(60)
 if __name__ == '__main__':
     for _ in pool.run(slow, range(4), 2, 1):
