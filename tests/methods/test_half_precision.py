@@ -700,6 +700,15 @@ def test_sizes_of_faint_updates_tell_whether_the_base_is_on_the_grid(
     assert recoverer._seems_off_grid(layer.cells()) == (base == torch.float32)
 
 
+@pytest.mark.parametrize(("mu", "seed"), [(0.3, 0), (0.3, 1), (0.52, 0)])
+def test_sizes_that_were_told_wrong_take_no_base_off_the_grid(mu: float, seed: int) -> None:
+    """Updates of unlike norms that share A correlate: small ones are told to be next to nothing, and surprise."""
+    norms = (0.6, 3.8, 0.23, 1.6, 4.0)
+    layer = Layer((128, 160), (7,) * 5, mu, norms=norms, shared_a=True, seed=seed)
+    recoverer = Recoverer(layer.merged, (BF16,) * 5, None, False, 1.0, 0, None, torch.Generator().manual_seed(0))
+    assert not recoverer._seems_off_grid(layer.cells())
+
+
 @pytest.mark.parametrize(("mu", "seed"), [(0.3, 0), (0.3, 1), (1.0, 0), (1.0, 1), (4.0, 0), (4.0, 2)])
 def test_what_nothing_tells_from_the_base_is_answered_no_worse_than_by_a_vote(mu: float, seed: int) -> None:
     """Updates that share A. Fits of them go astray, on the grid and off it; seldom (seed 2 of mu = 1) unseen."""
