@@ -12,7 +12,7 @@ import math
 import numbers
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from lowra.bench.schema import Layer, LayerTable
 from lowra.code import code_digest, digest, module_of
 from lowra.digests import folder_digest, visible_files
 from lowra.errors import LowraError
-from lowra.methods import Method, Observation, check_observation, check_recovery
+from lowra.methods import Method, Observation, Recovery, check_observation, check_recovery
 from lowra.metrics.base import Metric, Scorer
 from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
 from lowra.plan import Plan, Task, Variant, options
@@ -98,11 +98,9 @@ class LayerJudge:
         measured: list[list[dict[str, Any]]] = [[] for _ in tasks]
         for name, method in self.methods.items():
             chosen = [i for i, task in enumerate(tasks) if name in task.variants]
-            recovered = self._recover_alike(method, [seen[i] for i in chosen])
+            recovered = self._recover(method, [seen[i] for i in chosen])
             for i, (found, candidates) in zip(chosen, recovered, strict=True):
-                if candidates is None:  # whatever it did to the stack, nobody else gets that
-                    seen[i].observation = self._observe(seen[i].layer, tasks[i])
-                elif self.digests:
+                if candidates is not None and self.digests:
                     found["weights"] = [self._kept(candidate, found) for candidate in candidates]
                 measured[i].append(found | {"floor_w_error": seen[i].floor})
         return measured
@@ -117,7 +115,7 @@ class LayerJudge:
         with self._threads(task):
             layer = self.table.read(task.index, task.draw.models)
             seen = Seen(task, layer, self._observe(layer, task))
-            found, candidates = self._recover(self.methods[task.variants[0]], seen)
+            ((found, candidates),) = self._recover(self.methods[task.variants[0]], [seen])
         if candidates is None:
             raise LowraError(f"Method {task.variants[0]!r} {found['status']} in a layer that it recovered before.")
         return [candidate.float() for candidate in candidates]
@@ -141,50 +139,58 @@ class LayerJudge:
         check_observation(observation)
         return observation
 
-    def _recover_alike(self, method: Method, seen: Sequence[Seen]) -> list[tuple[dict[str, Any], Tensor | None]]:
-        """`_recover` of each layer, all at once where the method can; what goes wrong then is tried one by one."""
+    def _recover(self, method: Method, seen: Sequence[Seen]) -> list[tuple[dict[str, Any], Tensor | None]]:
+        """Recover and score layers: of each (measured fields, candidates (c, d, k) on the CPU or None where it failed).
+
+        All at once where the method can; what goes wrong then is tried one by one.
+        """
         together = getattr(method, "recover_batch", None)
-        if together is None or len(seen) < 2:
-            return [self._recover(method, each) for each in seen]
+        if together is not None and len(seen) > 1:
+            try:
+                return self._attempted(together, seen)
+            except (Exception, SystemExit):
+                self._seen_anew(seen)
+        results: list[tuple[dict[str, Any], Tensor | None]] = []
+        for each in seen:
+            started = time.perf_counter()
+            try:
+                results += self._attempted(lambda observations: [method.recover(observations[0])], [each])
+            except (Exception, SystemExit) as error:  # a failed layer is marked, the sweep goes on
+                results.append((_failed(error, time.perf_counter() - started), None))
+                self._seen_anew([each])
+        return results
+
+    def _seen_anew(self, seen: Sequence[Seen]) -> None:
+        """Whatever a method that failed did to the stacks, nobody else gets that."""
+        for each in seen:
+            each.observation = self._observe(each.layer, each.task)
+
+    def _attempted(
+        self, recover: Callable[[list[Observation]], Sequence[Any]], seen: Sequence[Seen]
+    ) -> list[tuple[dict[str, Any], Tensor | None]]:
+        """Layers recovered by one call and scored; raises what it raises, and for what no method may return or do."""
         before = [_state(each.observation.merged) for each in seen]
         watched = [Watched(each.layer.weight) for each in seen]
         observations = [replace(each.observation, watch=watch) for each, watch in zip(seen, watched, strict=True)]
         started = time.perf_counter()
-        try:
-            recoveries = together(observations)
-            spent = time.perf_counter() - started - sum(watch.seconds for watch in watched)
-            return [
-                self._scored(recovery, each, state, watch, spent / len(seen))
-                for recovery, each, state, watch in zip(recoveries, seen, before, watched, strict=True)
-            ]
-        except (Exception, SystemExit):
-            return [
-                self._recover(method, replace(each, observation=self._observe(each.layer, each.task))) for each in seen
-            ]
-
-    def _recover(self, method: Method, seen: Seen) -> tuple[dict[str, Any], Tensor | None]:
-        """Recover and score one layer: (measured fields, candidates (c, d, k) on the CPU or None where it failed)."""
-        observation = seen.observation
-        before = _state(observation.merged)
-        watched = Watched(seen.layer.weight)
-        started = time.perf_counter()
-        try:
-            recovery = method.recover(replace(observation, watch=watched))
-            if observation.merged.is_cuda:
-                torch.cuda.synchronize(observation.merged.device)
-            seconds = time.perf_counter() - started - watched.seconds
-            return self._scored(recovery, seen, before, watched, seconds)
-        except (Exception, SystemExit) as error:  # a failed layer is marked, the sweep goes on
-            return _failed(error, time.perf_counter() - started), None
+        recoveries = recover(observations)
+        if observations[0].merged.is_cuda:
+            torch.cuda.synchronize(observations[0].merged.device)
+        seconds = time.perf_counter() - started - sum(watch.seconds for watch in watched)
+        results: list[tuple[dict[str, Any], Tensor | None]] = []
+        for recovery, each, state, watch in zip(recoveries, seen, before, watched, strict=True):
+            candidates = check_recovery(recovery, each.layer.weight.shape)
+            if _state(each.observation.merged) != state:
+                raise WroteIntoStack("it wrote into observation.merged, which is everybody's; work on a clone")
+            results.append(
+                (self._scored(recovery, candidates, each.layer.weight, seconds / len(seen), watch), candidates)
+            )
+        return results
 
     def _scored(
-        self, recovery: Any, seen: Seen, before: Any, watched: Watched, seconds: float
-    ) -> tuple[dict[str, Any], Tensor]:
-        """What a method returned against the true weight; raises for what no method may return or do."""
-        weight = seen.layer.weight
-        candidates = check_recovery(recovery, weight.shape)
-        if _state(seen.observation.merged) != before:
-            raise WroteIntoStack("it wrote into observation.merged, which is everybody's; work on a clone")
+        self, recovery: Recovery, candidates: Tensor, weight: Tensor, seconds: float, watched: Watched
+    ) -> dict[str, Any]:
+        """What is measured of a recovery against the true weight."""
         errors = [weight_error(candidate, weight) for candidate in candidates]
         exact = [exact_fraction(candidate, weight) for candidate in candidates]
         return {
@@ -197,7 +203,7 @@ class LayerJudge:
             "failed": False,
             "stats": dumps(recovery.stats),
             "history": dumps(watched.beside(recovery.history)) if recovery.history else None,
-        }, candidates
+        }
 
     def _kept(self, candidate: Tensor, found: Mapping[str, Any]) -> str:
         """The digest of a candidate; kept for the metrics where it cannot be had again for less."""

@@ -387,7 +387,7 @@ BATCHES = {
 def test_small_layers_alike_are_given_to_a_method_together(
     kind: str, tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever goes wrong with several at once, each is recovered as it is alone."""
+    """Whatever goes wrong with several at once, each is recovered as it is alone, and the next method gets the same."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / f"batch_{kind}.py").write_text(
         "from lowra.methods import Recovery\n\nASKED = []\n\nclass Mean:\n"
@@ -404,8 +404,8 @@ def test_small_layers_alike_are_given_to_a_method_together(
     ]
     write_dataset(layers, tmp_path / "alike")
     data = ["subset=custom", "source=published", f"source.path={tmp_path}/alike", "n_loras=3", "trials=2", "jobs=1"]
-    methods = ["methods=[]", "+methods.mean_lora={like: mean_lora}"]
-    outcome = pipeline.run(configure(*data, *methods, f"+methods.mine={{_target_: batch_{kind}.Mean}}"))
+    methods = ["methods=[]", f"+methods.mine={{_target_: batch_{kind}.Mean}}", "+methods.mean_lora={like: mean_lora}"]
+    outcome = pipeline.run(configure(*data, *methods))
     assert not outcome.failures
     found = read([outcome.folder]).layers
     assert len(found) == 2 * 2 * 7
@@ -413,6 +413,8 @@ def test_small_layers_alike_are_given_to_a_method_together(
         found[found["method"] == name].sort_values(["trial", "layer_name"]) for name in ("mine", "mean_lora")
     )
     assert ours["w_error"].tolist() == theirs["w_error"].tolist()
+    alone = read([pipeline.run(configure(*data, "methods=[mean_lora]", f"results_dir={tmp_path}/alone")).folder]).layers
+    assert theirs["w_error"].tolist() == alone.sort_values(["trial", "layer_name"])["w_error"].tolist()
     asked = sys.modules[f"batch_{kind}"].ASKED
     assert asked == [4, 2] * 2  # of seven layers four alike, one more alone, and two of another shape
 
