@@ -94,13 +94,11 @@ def started(jobs: int | None, *modules: str, threads: int | None = None) -> Iter
         yield
         return
     threads = threads or threads_of(jobs)
-    with _starting(threads):
-        if forked:
-            from multiprocessing import forkserver
-
-            forkserver.ensure_running()
-        else:
-            executor = _executor(jobs, threads)
+    if forked:
+        _start_server(threads)
+    else:
+        executor = _executor(jobs, threads)
+        with _signals_blocked():
             for _ in range(jobs):
                 executor.submit(_import, *modules)
     try:
@@ -147,7 +145,7 @@ def _parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: in
 
     def submit(count: int) -> None:
         for task in itertools.islice(waiting, count):
-            with _starting(threads):  # a worker may be
+            with _signals_blocked():  # a worker may be started
                 pending.add(executor.submit(_worker, name, sent, task, threads))
 
     executor = _executor(jobs, threads)
@@ -176,6 +174,8 @@ def _executor(jobs: int, threads: int) -> Any:
     # Large layers leave more on a worker's heap than loky takes for sound: it starts another, and nobody need know.
     warnings.filterwarnings("ignore", "A worker (stopped|was restarted) while some jobs", UserWarning)
     forked = _may_fork()
+    if forked:
+        _start_server(threads)
     _USED[:] = [
         get_reusable_executor(
             jobs,
@@ -197,27 +197,36 @@ def _stop() -> None:
     _USED.clear()
 
 
+def _start_server(threads: int) -> None:
+    """The server that workers are forked from, unless it runs: with so many threads, finding the modules found here.
+
+    Left to itself it looks for modules in the working directory first.
+    """
+    from multiprocessing import forkserver
+
+    before = dict(os.environ)
+    os.environ.update(dict.fromkeys(THREADS, str(threads)))
+    os.environ["PYTHONPATH"] = os.pathsep.join(place or os.curdir for place in sys.path)
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        with _signals_blocked():
+            forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @contextlib.contextmanager
-def _starting(threads: int) -> Iterator[None]:
-    """Processes started inside have so many threads, and never see an interrupt: it is the parent's to answer."""
-    changes = dict.fromkeys(THREADS, str(threads))
-    if _may_fork():  # left to itself, a server looks for modules in the working directory first
-        changes |= {"PYTHONPATH": os.pathsep.join(place or os.curdir for place in sys.path), "PYTHONSAFEPATH": "1"}
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    mask = None
-    if hasattr(signal, "pthread_sigmask"):
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+def _signals_blocked() -> Iterator[None]:
+    """Processes started inside never see an interrupt: it is the parent's to answer, which stops them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:
-        if mask is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # ---- In a worker ------------------------------------------------------------------------------------------------
