@@ -182,8 +182,8 @@ def still_open(
                 chosen = of_its_own.randrange(len(waiting))
                 waiting[-1], waiting[chosen] = waiting[chosen], waiting[-1]
             first = waiting.pop()
-            tasks, places = [first], reversed(range(len(waiting)))
-            while len(tasks) < plan.together(first) and (place := next(places, None)) is not None:
+            tasks, most, places = [first], plan.together(first), reversed(range(len(waiting)))
+            while len(tasks) < most and (place := next(places, None)) is not None:
                 if plan.alike(waiting[place]) == plan.alike(first):
                     tasks.append(waiting.pop(place))
             yield tuple(open_still(task) for task in tasks)

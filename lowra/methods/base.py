@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -127,11 +127,10 @@ class ObjectMethod:
         """The object's own."""
         return self.target.recover(observation)  # type: ignore[no-any-return]
 
-    def __getattr__(self, name: str) -> Any:
-        """`recover_batch`, where the object has it."""
-        if name == "recover_batch":
-            return getattr(self.target, name)
-        raise AttributeError(name)
+    @property
+    def recover_batch(self) -> Callable[[Sequence[Observation]], list[Recovery]]:
+        """The object's own; raises AttributeError where it has none."""
+        return self.target.recover_batch  # type: ignore[no-any-return]
 
 
 GRANTED = ("rank", "seed", "storage")

@@ -136,14 +136,14 @@ class SpectralDeTuning:
         watches = [each.watch if self.keep_history else None for each in observations]
         with torch.inference_mode():  # without autograd's book-keeping, a tenth of the time of a small layer
             if compressed:
-                (stack,) = (each.merged for each in observations)
+                stack, watch = first.merged, watches[0]  # one layer
                 left, right, mean, cores, outside = joint_subspace(stack, rank, generators[0])
 
                 def lifted(core: Tensor) -> Tensor:
                     # In float32, as Algorithm 2 works: W is a float32 weight, and rounding to its grid only helps.
                     return (mean + left @ core.to(left.dtype) @ right.mT).to(stack.dtype)  # (d, k)
 
-                seen = [(lambda core, watch=watch: watch(lifted(core))) if watch else None for watch in watches]
+                seen = [(lambda core: watch(lifted(core))) if watch else None]
                 found, histories = self._iterate(
                     cores.unsqueeze(0), rank, projection, stack.dtype, generators, seen, entries=d * k, outside=outside
                 )
