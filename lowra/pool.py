@@ -39,6 +39,9 @@ R = TypeVar("R")
 MIN_TASKS = 16
 WORKER_BYTES = 0.5e9
 
+# Seconds of work that wait for each worker, so that none is idle while this process is busy with what came.
+AHEAD = 10
+
 # Seconds until a worker that nothing is asked of ends.
 IDLE = 300
 
@@ -118,7 +121,8 @@ def _may_fork() -> bool:
 def run(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int) -> Iterator[tuple[T, R]]:
     """Each task with its result, as results come.
 
-    jobs: processes; 1 works in this one. threads: of each. tasks are taken one by one as workers become free.
+    jobs: processes; 1 works in this one. threads: of each. Tasks are taken as workers become free, some of them before
+    (`AHEAD`).
     Raises LowraError when a worker is killed, or the work cannot be sent to another process; exceptions of the work
     come through. Closing the iterator, or an interrupt, stops the workers at once.
     """
@@ -141,22 +145,26 @@ def _parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: in
         raise LowraError(f"The work cannot be sent to other processes ({error}); use jobs=1.") from None
     name = f"{os.getpid()}-{time.monotonic_ns()}"
     waiting = iter(tasks)
-    pending: set[Future[tuple[T, R]]] = set()
+    pending: set[Future[tuple[T, R, float]]] = set()
+    finished, seconds = 0, 0.0
 
-    def submit(count: int) -> None:
-        for task in itertools.islice(waiting, count):
+    def fill() -> None:
+        ahead = AHEAD * finished / seconds if seconds else 0
+        for task in itertools.islice(waiting, max(0, int(jobs * max(2, ahead)) - len(pending))):
             with _signals_blocked():  # a worker may be started
                 pending.add(executor.submit(_worker, name, sent, task, threads))
 
     executor = _executor(jobs, threads)
     try:
-        submit(2 * jobs)  # so that nobody waits for this process
+        fill()
         while pending:
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
                 pending.remove(future)
-                submit(1)
-                yield future.result()
+                task, result, took = future.result()
+                finished, seconds = finished + 1, seconds + took
+                fill()
+                yield task, result
     except (BrokenProcessPool, EOFError, ConnectionError):  # the last two where the workers' server is gone
         raise LowraError(
             "A worker process was killed, perhaps for want of memory; what was finished is kept. Start the same "
@@ -234,15 +242,16 @@ def _signals_blocked() -> Iterator[None]:
 _WORK: dict[str, Callable[[Any], Any]] = {}
 
 
-def _worker(name: str, sent: bytes, task: Any, threads: int) -> tuple[Any, Any]:
-    """One task in a worker process; the work is unpickled once."""
+def _worker(name: str, sent: bytes, task: Any, threads: int) -> tuple[Any, Any, float]:
+    """One task in a worker process, its result and its seconds; the work is unpickled once."""
     if name not in _WORK:
         import torch
 
         _WORK.clear()
         torch.set_num_threads(threads)
         _WORK[name] = pickle.loads(sent)
-    return task, _WORK[name](task)
+    began = time.monotonic()
+    return task, _WORK[name](task), time.monotonic() - began
 
 
 def _import(*modules: str) -> None:

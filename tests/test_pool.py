@@ -72,23 +72,31 @@ def test_cores_are_shared_out_as_far_as_threads_are_allowed(monkeypatch: pytest.
     assert [pool.threads_of(jobs) for jobs in (2, 5, 12)] == [2, 2, 1]
 
 
-def dozing(task: int) -> int:
-    time.sleep(0.02)
-    return task
+def dozing(seconds: float) -> float:
+    time.sleep(seconds)
+    return time.monotonic()
 
 
 def test_tasks_are_taken_as_workers_become_free(forked: bool) -> None:
     taken = []
 
-    def tasks() -> Iterator[int]:
-        for i in range(200):  # 2 s of work for two
+    def tasks() -> Iterator[float]:
+        for i in range(400):  # far more than waits for a worker
             taken.append(i)
-            yield i
+            yield 0.25
 
     results = pool.run(dozing, tasks(), 2, 1)
     next(results)
-    assert len(taken) < 100  # not all at once
+    assert len(taken) <= 2 * pool.AHEAD / 0.25 + 2
     results.close()
+
+
+def test_workers_go_on_while_what_they_found_is_looked_at(forked: bool) -> None:
+    results = pool.run(dozing, [0.05] * 60, 2, 1)
+    next(results)
+    time.sleep(1.0)
+    back = time.monotonic()
+    assert sum(done < back for _, done in results) > 8  # of 20 that one worker alone finds in that time
 
 
 HOARD: list[torch.Tensor] = []
