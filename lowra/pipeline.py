@@ -119,7 +119,8 @@ def recover(
     with tqdm(total=total, unit="layer", disable=not todo, dynamic_ncols=True, mininterval=interval) as bar:
         for draw in finished:
             score(plan, models, draw, mine is not None)
-        for group, found in pool.run(judge.judge_alike, still_open(plan, store, todo, active, bar), jobs, threads):
+        waiting = still_open(plan, store, todo, active, bar)
+        for group, found in pool.run(judge.judge_alike, waiting, jobs, threads, lambda: not store.others):
             signals.check()
             draw = group[0].draw
             bar.set_description(str(draw), refresh=False)
@@ -171,14 +172,13 @@ def still_open(
 
     looked = time.monotonic()
     of_its_own = random.Random()  # what is worked at when is nobody's result
-    alone = True
     for _, group in itertools.groupby(todo, key=lambda task: task.draw):
         waiting = list(group)[::-1]
         while waiting:
             if time.monotonic() - looked > REFRESH_SECONDS:
-                alone = not store.refresh() and alone
+                store.refresh()
                 looked = time.monotonic()
-            if not alone:
+            if store.others:
                 chosen = of_its_own.randrange(len(waiting))
                 waiting[-1], waiting[chosen] = waiting[chosen], waiting[-1]
             first = waiting.pop()

@@ -118,11 +118,13 @@ def _may_fork() -> bool:
     return name == "lowra" and "forkserver" in multiprocessing.get_all_start_methods()
 
 
-def run(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int) -> Iterator[tuple[T, R]]:
+def run(
+    work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int, alone: Callable[[], bool] = lambda: True
+) -> Iterator[tuple[T, R]]:
     """Each task with its result, as results come.
 
-    jobs: processes; 1 works in this one. threads: of each. Tasks are taken as workers become free, some of them before
-    (`AHEAD`).
+    jobs: processes; 1 works in this one. threads: of each. Tasks are taken as workers become free, and where nobody
+    else works at the same ones (alone) some before, see `AHEAD`.
     Raises LowraError when a worker is killed, or the work cannot be sent to another process; exceptions of the work
     come through. Closing the iterator, or an interrupt, stops the workers at once.
     """
@@ -133,10 +135,12 @@ def run(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int) -> 
         for task in tasks:
             yield task, work(task)
         return
-    yield from _parallel(work, tasks, jobs, threads)
+    yield from _parallel(work, tasks, jobs, threads, alone)
 
 
-def _parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int) -> Iterator[tuple[T, R]]:
+def _parallel(
+    work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: int, alone: Callable[[], bool]
+) -> Iterator[tuple[T, R]]:
     import cloudpickle
 
     try:
@@ -149,7 +153,7 @@ def _parallel(work: Callable[[T], R], tasks: Iterable[T], jobs: int, threads: in
     finished, seconds = 0, 0.0
 
     def fill() -> None:
-        ahead = AHEAD * finished / seconds if seconds else 0
+        ahead = AHEAD * finished / seconds if seconds and alone() else 0
         for task in itertools.islice(waiting, max(0, int(jobs * max(2, ahead)) - len(pending))):
             with _signals_blocked():  # a worker may be started
                 pending.add(executor.submit(_worker, name, sent, task, threads))

@@ -137,7 +137,8 @@ class Store:
     """The records of one run folder, shared with every other process that works there.
 
     folder: the run folder; records lie in `records/`, weights that wait for a metric in `weights/`.
-    damaged: files and lines that could not be read and were left out.
+    damaged: files and lines that could not be read and were left out. others: whether another process has been seen at
+    work since this one was opened.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -146,6 +147,7 @@ class Store:
         self.weights = KeptWeights(folder)
         self.contexts: dict[str, dict[str, Any]] = {}
         self.damaged: list[str] = []
+        self.others = False
         self._records: dict[tuple[str, str], dict[str, Any]] = {}
         self._offsets: dict[str, int] = {}
         self._journal: Path | None = None
@@ -155,12 +157,12 @@ class Store:
 
     # -- reading
 
-    def refresh(self) -> bool:
-        """Take in what other processes have written since; whether there was anything."""
+    def refresh(self) -> None:
+        """Take in what other processes have written since."""
         with self._lock:
             before = dict(self._offsets)
             self._refresh()
-            return self._offsets != before
+            self.others = self.others or self._offsets != before
 
     def _refresh(self) -> None:
         for _ in range(3):  # a journal that vanishes while we look has become a parquet file
@@ -266,6 +268,7 @@ class Store:
         """Say who writes from now on: what is the same for all records of this process."""
         self._context = digest(dumps(context))
         self.contexts[self._context] = dict(context)
+        self.others = False
 
     def append(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Write one record, whole or not at all, and take it in. Raises LowraError when the disk is full."""

@@ -99,6 +99,14 @@ def test_workers_go_on_while_what_they_found_is_looked_at(forked: bool) -> None:
     assert sum(done < back for _, done in results) > 8  # of 20 that one worker alone finds in that time
 
 
+def test_no_more_than_the_next_task_waits_where_others_work_too(forked: bool) -> None:
+    results = pool.run(dozing, [0.05] * 60, 2, 1, alone=lambda: False)
+    next(results)
+    time.sleep(1.0)
+    back = time.monotonic()
+    assert sum(done < back for _, done in results) <= 4
+
+
 HOARD: list[torch.Tensor] = []
 
 
