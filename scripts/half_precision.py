@@ -8,7 +8,9 @@
 
 Layers d x k of W ~ N(0, 0.02^2) on the grid, updates of rank r with singular values from 1 down to `decay`, scaled to a
 signal mu = rms(M) / rms(ulp(W)). rho = r (d + k) / (d k) is the number of unknowns of an update over its equations.
-Ranks are not told, unless to Spectral DeTuning, which needs them. Groups:
+Ranks are not told, unless to Spectral DeTuning, which needs them. Beside the methods stand two bounds that know what
+nobody does: `from the truth` is ours begun at the true updates, of the true ranks (the first seeds); `updates known` is
+the share that anybody could have who knows them exactly. Groups:
 
     phase        exact share over mu and rho, n = 3, beside the vote, the mean, Spectral DeTuning and the weighted fit
     sizes        512 x 512 to 4096 x 4096; of layers above a million weights fewer seeds
@@ -46,7 +48,11 @@ from tqdm import tqdm
 from lowra.methods.base import Observation
 from lowra.methods.spectral_detuning import SpectralDeTuning
 from lowra.methods.subspace_intersection import SubspaceIntersection
-from lowra.methods.subspace_intersection.half.start import vote
+from lowra.methods.subspace_intersection.half.cells import grid_of
+from lowra.methods.subspace_intersection.half.recovery import APPROACHES, AT_ONCE, FINISH, faintness
+from lowra.methods.subspace_intersection.half.rounds import converge
+from lowra.methods.subspace_intersection.half.sites import Cells, hold_out, unit
+from lowra.methods.subspace_intersection.half.start import factored, vote
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -54,7 +60,13 @@ import matplotlib.pyplot as plt
 CELLS = "cell by cell"
 TODAY = "weighted fit"
 SPECTRAL = "Spectral DeTuning"
-METHODS = (CELLS, TODAY, SPECTRAL, "vote", "mean")
+TRUTH = "from the truth"
+KNOWN = "updates known"
+METHODS = (CELLS, TODAY, SPECTRAL, "vote", "mean", TRUTH, KNOWN)
+BOUNDS = (TRUTH, KNOWN)
+
+# Methods that take long: of large layers, or of many seeds, they are not tried.
+SLOW = (TODAY, SPECTRAL)
 
 SIGNALS = (0.05, 0.1, 0.3, 1.0, 4.0, 8.0, 30.0)
 
@@ -155,8 +167,17 @@ OVERLAPS = {"shared A": (0.0, 1.0), "nearly shared A": (0.0, 0.99), "shared B": 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def planted(case: Case, seed: int) -> tuple[Tensor, Tensor]:
-    """W (d, k) and the merged stack (n, d, k), float32."""
+@dataclass(frozen=True)
+class Planted:
+    """W (d, k), the merged stack (n, d, k), and the updates as they were added; float32."""
+
+    weight: Tensor
+    stack: Tensor
+    updates: tuple[Tensor, ...]
+
+
+def planted(case: Case, seed: int) -> Planted:
+    """The layer of a case."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
@@ -189,16 +210,75 @@ def planted(case: Case, seed: int) -> tuple[Tensor, Tensor]:
         updates.append(update)
     stack = []
     for i, update in enumerate(updates):
-        dtype = DTYPES[case.merges[i % len(case.merges)]]
+        dtype = format_of(case, i)
         base = weight
         if case.plant == "another base" and i == 0:
             base = (0.02 * draw(d, k)).to(DTYPES[case.base]).float()
         if case.plant == "touched" and i == 0:
             base = weight + ulp * torch.randint(-1, 2, (d, k), generator=generator)
         if case.plant == "rounded twice":
-            update = update.to(dtype).float()
-        stack.append((base + update).to(dtype).float())
-    return weight, torch.stack(stack)
+            updates[i] = update.to(dtype).float()
+        stack.append((base + updates[i]).to(dtype).float())
+    return Planted(weight, torch.stack(stack), tuple(updates))
+
+
+def format_of(case: Case, model: int) -> torch.dtype:
+    """The format of a model's merge."""
+    return DTYPES[case.merges[model % len(case.merges)]]
+
+
+def share_of_known(case: Case, layer: Planted) -> float:
+    """The expected share of W that is right on the bit, at most, for who knows the updates exactly.
+
+    W lies in the part that all cells have in common once each is moved back by its update. Where that holds several
+    numbers of the grid, the likeliest is the one that is rounded to from most of it: none is denser than another there.
+    """
+    low, high = -math.inf, math.inf
+    for i, (stored, update) in enumerate(zip(layer.stack, layer.updates, strict=True)):
+        below, above = edges(stored, format_of(case, i))
+        low, high = (below - update).clamp(min=low), (above - update).clamp(max=high)
+    assert isinstance(low, Tensor)
+    assert isinstance(high, Tensor)
+    dtype = DTYPES[case.base]
+    first, last = low.to(dtype), high.to(dtype)
+    first = torch.where(first.double() < low, neighbour(first, 1), first)
+    last = torch.where(last.double() > high, neighbour(last, -1), last)
+    (begin, next_), (before, end) = edges(first, dtype), edges(last, dtype)
+    share = torch.maximum(next_ - begin, end - before) / (end - begin)
+    # Sums in float32 now and then leave a number that lies just outside, and nothing inside.
+    return float(torch.where(first.double() >= last, 1.0, share).mean())
+
+
+def edges(number: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Between which two numbers a number of a format is rounded to; float64."""
+    number = number.to(dtype)
+    middle = number.double()
+    return (middle + neighbour(number, -1).double()) / 2, (middle + neighbour(number, 1).double()) / 2
+
+
+def neighbour(number: Tensor, direction: int) -> Tensor:
+    """The next number of a format above (1) or below (-1)."""
+    bits = {2: torch.int16, 4: torch.int32}[number.itemsize]
+    whole = number.view(bits).long()
+    lowest = torch.iinfo(bits).min
+    place = torch.where(whole < 0, lowest - whole, whole) + direction  # in the order of the numbers
+    return torch.where(place < 0, lowest - place, place).to(bits).view(number.dtype)
+
+
+def from_truth(case: Case, layer: Planted) -> Tensor:
+    """W (d, k) where ours comes to rest from the true updates, of the true ranks."""
+    dtypes = tuple(format_of(case, i) for i in range(len(layer.updates)))
+    generator = torch.Generator().manual_seed(0)
+    scale = unit(layer.stack, dtypes)
+    base = None if case.base == "fp32" else grid_of(DTYPES[case.base], scale)
+    twice = case.plant == "rounded twice"
+    cells = Cells(layer.stack, dtypes, scale, base, hold_out(layer.stack, generator), twice)
+    nothing = torch.zeros_like(layer.weight)
+    factors = factored(torch.stack(layer.updates) * scale, nothing, list(case.ranks), generator)
+    clips = AT_ONCE if faintness(cells) < APPROACHES[0][0] else FINISH
+    weight = converge(cells, factors, clips, good=True).decoded.weight
+    assert weight is not None
+    return weight.float()
 
 
 def real_update(path: Path, layer: str) -> Tensor:
@@ -334,9 +414,11 @@ def fuzz(layers: int, first: int, table: Path) -> None:
 
 def measured(case: Case, seed: int, method: str) -> Row:
     """Recover one layer with one method."""
-    weight, stack = planted(case, seed)
+    layer = planted(case, seed)
+    weight, stack = layer.weight, layer.stack
     begun = time.perf_counter()
     extra: dict[str, float | str] = {}
+    share: float | None = None
     if method in (CELLS, TODAY):
         solver = SubspaceIntersection(refine="auto" if method == CELLS else "weighted")
         recovery = solver.recover(Observation(stack, None, seed, DTYPES[case.merges[0]]))
@@ -349,6 +431,10 @@ def measured(case: Case, seed: int, method: str) -> Row:
             extra["sure_exact"] = float((estimate == weight)[recovery.sure].float().mean())
     elif method == SPECTRAL:
         estimate = SpectralDeTuning(compress=True).recover(Observation(stack, max(case.ranks), seed)).candidates[0]
+    elif method == TRUTH:
+        estimate = from_truth(case, layer)
+    elif method == KNOWN:
+        estimate, share = torch.full_like(weight, math.nan), share_of_known(case, layer)
     else:
         estimate = vote(stack) if method == "vote" else stack.mean(0)
     seconds = time.perf_counter() - begun
@@ -363,7 +449,7 @@ def measured(case: Case, seed: int, method: str) -> Row:
         mu=case.mu,
         seed=seed,
         method=method,
-        exact=float((estimate == weight).double().mean()),
+        exact=float((estimate == weight).double().mean()) if share is None else share,
         w_error=math.log10(error) if error else -31.3,
         seconds=seconds,
         **extra,  # type: ignore[arg-type]
@@ -398,9 +484,8 @@ def run(groups: list[str], seeds: int, beside: int, table: Path, loras: Path | N
                 for case in cases(group, loras):
                     if seed >= case.seeds:
                         continue
-                    slow = seed < beside and group not in ("certificate", "loras") and math.prod(case.shape) <= BESIDE
                     for method in METHODS:
-                        if (method in (TODAY, SPECTRAL) and not slow) or (case.name, seed, method) in done:
+                        if (case.name, seed, method) in done or not worth(case, seed, method, beside):
                             continue
                         row = measured(case, seed, method)
                         add(row)
@@ -409,13 +494,22 @@ def run(groups: list[str], seeds: int, beside: int, table: Path, loras: Path | N
                         )
 
 
+def worth(case: Case, seed: int, method: str, beside: int) -> bool:
+    """Whether a method that is not ours is measured on a layer."""
+    if method in BOUNDS and (case.group == "certificate" or case.base == "fp32"):
+        return False  # there, no number is to be had
+    if method in SLOW and (case.group in ("certificate", "loras") or math.prod(case.shape) > BESIDE):
+        return False
+    return seed < beside or method not in (*SLOW, TRUTH)
+
+
 def report(table: Path) -> None:
     """The table's summary (Markdown) and the phase diagram."""
     rows = pd.read_csv(table, keep_default_na=True)
     ours = rows[rows.method == CELLS]
     lines = ["# Half-precision merges, cell by cell", "", __doc__.split("\n\n")[2].replace("\n", " "), ""]
     lines += [
-        "Exact share, median / worst over the seeds (Spectral DeTuning and the weighted fit: the first seeds).",
+        "Exact share, median / worst over the seeds (Spectral DeTuning, the weighted fit, from the truth: the first).",
         "",
     ]
     for group in [group for group in GROUPS if group != "certificate"]:
@@ -489,9 +583,9 @@ def figure(rows: pd.DataFrame, path: Path) -> None:
         return
     size = (4 * len(ratios), 3.7)
     drawing, axes = plt.subplots(1, len(ratios), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    styles = {CELLS: "-", TODAY: "--", SPECTRAL: "-.", "vote": ":", "mean": (0, (1, 3))}
+    styles = {CELLS: "-", TODAY: "--", SPECTRAL: "-.", "vote": ":", "mean": (0, (1, 3)), KNOWN: (0, (5, 2, 1, 2, 1, 2))}
     for axis, rho in zip(axes[0], ratios, strict=True):
-        for method in METHODS:
+        for method in styles:
             some = part[(part.rho == rho) & (part.method == method)].groupby("mu").exact
             middle = 1 - some.median()
             axis.plot(middle.index, middle, marker="o", markersize=3, linestyle=styles[method], label=method)
@@ -500,7 +594,7 @@ def figure(rows: pd.DataFrame, path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="rms(M) / rms(ulp(W))", title=f"r (d + k) / (d k) = {rho:.3f}")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("share of weights that are wrong")
-    drawing.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), fontsize=8)
+    drawing.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(styles), fontsize=8)
     drawing.savefig(path, dpi=150)
     plt.close(drawing)
 
