@@ -49,7 +49,7 @@ from lowra.methods.base import Observation
 from lowra.methods.spectral_detuning import SpectralDeTuning
 from lowra.methods.subspace_intersection import SubspaceIntersection
 from lowra.methods.subspace_intersection.half.cells import grid_of
-from lowra.methods.subspace_intersection.half.recovery import APPROACHES, AT_ONCE, FINISH, faintness
+from lowra.methods.subspace_intersection.half.recovery import AT_ONCE, FAINTEST, FINISH, sizes_in_cells
 from lowra.methods.subspace_intersection.half.rounds import converge
 from lowra.methods.subspace_intersection.half.sites import Cells, hold_out, unit
 from lowra.methods.subspace_intersection.half.start import factored, vote
@@ -275,7 +275,7 @@ def from_truth(case: Case, layer: Planted) -> Tensor:
     cells = Cells(layer.stack, dtypes, scale, base, hold_out(layer.stack, generator), twice)
     nothing = torch.zeros_like(layer.weight)
     factors = factored(torch.stack(layer.updates) * scale, nothing, list(case.ranks), generator)
-    clips = AT_ONCE if faintness(cells) < APPROACHES[0][0] else FINISH
+    clips = AT_ONCE if sizes_in_cells(cells)[1] < FAINTEST else FINISH
     weight = converge(cells, factors, clips, good=True).decoded.weight
     assert weight is not None
     return weight.float()

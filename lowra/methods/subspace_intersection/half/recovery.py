@@ -62,9 +62,12 @@ FAINT = 0.7
 # Updates above this many cells: the first explanation that could be certified is taken.
 CLEARLY_SEEN = 1.5
 
+# Updates below this many cells show in the smallest weights alone; directions of theirs are always looked for again.
+FAINTEST = 0.2
+
 # Sizes of updates, in cells, up to which a vote is approached at a clip, the first that holds first: the fainter the
 # updates, the more only the smallest weights show them.
-APPROACHES = ((0.2, 1000.0), (0.6, 30.0), (math.inf, 3.0))
+APPROACHES = ((FAINTEST, 1000.0), (0.6, 30.0), (math.inf, 3.0))
 
 # Nats by which the held-out cells must prefer a base on no grid.
 OFF_GRID = 0.06
@@ -95,6 +98,10 @@ EASY_PART = 0.95
 
 # Rounds between two additions of directions.
 GROWING = 4
+
+# Rounds in which added directions find their place before any is pruned: a faint one needs the smallest weights, which
+# are wrong as long as it is not known. Pruned at once, one in two of those that are missing was lost again.
+SETTLING = 6
 
 # Clips of the rounds where the updates are faintest, of those that finish what a part began, and of those where it has
 # seen all directions.
@@ -291,7 +298,8 @@ class Recoverer:
         if part is not None:
             cells = replace(whole, stack=part.of(self.stack))
             cells = replace(cells, held=hold_out(cells.stack, self.generator))
-        estimate, faint = self._estimate(part), faintness(cells)
+        estimate, sizes = self._estimate(part), sizes_in_cells(cells)
+        faint = sizes[1]  # the two smallest decide a vote
         name, run = self._chosen(cells, estimate, faint, tried)
         if max(run.misfit) > MISFIT:
             other = replace(cells, twice=True)
@@ -319,12 +327,12 @@ class Recoverer:
             missing = max(0, (self.hint or 0) - min(factors.ranks))
             if self.hint is None and not clear:
                 missing = 8 + max(factors.ranks) // 4
-            first = AT_ONCE[0] if faint < APPROACHES[0][0] else 1.0
+            first = AT_ONCE[0] if faint < FAINTEST else 1.0
             if missing:
                 plain = plain_sites(whole, first * MEDIAN)
                 factors = levels.extra_directions(whole, plain, factors, missing, self.generator)
                 del plain
-            if faint < APPROACHES[0][0]:
+            if faint < FAINTEST:
                 run = converge(whole, factors, AT_ONCE, most=GROWING, good=explained)
                 run = self._grown(whole, run, AT_ONCE, good=explained)
                 run = converge(whole, run.factors, AT_ONCE, good=explained, sites=run.sites)
@@ -336,7 +344,7 @@ class Recoverer:
                 run = converge(whole, factors, clips, most=most, good=True, calm_rounds=1)
                 if max(run.misfit) > LEFT_OVER or run.deviation < LACKING or not certifiable(run, n, self.hint):
                     run = self._grown(whole, run, FINISH[-1:], good=True)
-        elif run.deviation < LACKING and self._certifiable(cells, run):
+        elif sizes[0] < FAINTEST or (run.deviation < LACKING and self._certifiable(cells, run)):
             run = self._grown(cells, run, FINISH[-1:], good=True)
         decoded, certified = run.decoded, certifiable(run, n, self.hint)
         if certified:
@@ -351,18 +359,23 @@ class Recoverer:
         return self._answer(decoded, name, base, scale, tried, run, certified=certified)
 
     def _grown(self, cells: Cells, run: Run, clips: Sequence[float], *, good: bool) -> Run:
-        """A run of which directions are missing, with more as long as these predict held-out cells better.
+        """A run of which directions are missing, with more as long as one stays or held-out cells are better predicted.
 
         Faint directions come only with the smallest weights, and the more are known, the more of them do.
         """
         while max(run.factors.ranks) < room(cells.stack.shape[1:]):
             count = 8 + max(run.factors.ranks) // 4
             more = levels.extra_directions(cells, run.sites, run.factors, count, self.generator)
-            again = converge(cells, more, clips, most=GROWING, good=good, sites=run.sites)
+            # Begun anew, for what was decoded without them is against them.
+            sites = plain_sites(cells, clips[0] * MEDIAN, run.sites)
+            most = SETTLING + GROWING
+            again = converge(cells, more, clips, most=most, settling=SETTLING, good=good, sites=sites)
             gain = again.likelihood - run.likelihood
-            if gain > 0:
+            # Few held-out cells feel a faint direction: one that stays is right unless they are against it.
+            found = gain > -SLACK and sum(again.factors.ranks) > sum(run.factors.ranks)
+            if gain > 0 or found:
                 run = again
-            if gain < SLACK:
+            if gain < SLACK and not found:
                 break
         return run
 
@@ -551,10 +564,9 @@ def by_sizes(cells: Cells, sites: Sites | None = None) -> Decoded:
     return Sweep(cells, sites, nothing, variances, (0.0,) * n, MEDIAN).run(last=True)
 
 
-def faintness(cells: Cells) -> float:
-    """Root mean square of the second smallest update in cells: the two smallest decide a vote."""
-    sizes = update_sizes(cells).sort().values
-    return float(sizes[min(1, len(sizes) - 1)]) / cell_size(cells)
+def sizes_in_cells(cells: Cells) -> list[float]:
+    """Root mean square of each update in cells, smallest first."""
+    return sorted((update_sizes(cells) / cell_size(cells)).tolist())
 
 
 def cell_size(cells: Cells) -> float:

@@ -96,13 +96,15 @@ def converge(
     tolerance: float = TOLERANCE,
     good: bool = False,
     calm_rounds: int = 2,
+    settling: int = 1,
     sites: Sites | None = None,
 ) -> Run:
     """Rounds from some factors. good: the start is near the answer, so that the misfit is judged at the clip.
 
     sites: to begin with, which are overwritten; where nothing was decoded yet, None.
 
-    calm_rounds: how many rounds in running that move next to nothing end it.
+    calm_rounds: how many rounds in running that move next to nothing end it. settling: first rounds, in which no
+    direction is pruned.
 
     The clip of round t is `clips[t]`, and the last one from there on, but for fine ones as `FEW_OPEN` says; no run ends
     while it rises.
@@ -122,7 +124,7 @@ def converge(
         change = Quadratic(cells, sites, factors).step(down, variances, ITERATIONS, tolerance)
         factors, misfit = searched(cells, sites, factors, change, limit if good else math.inf)
         factors = factors.balanced()
-        if t >= 1 and limit >= PRUNE_FROM * MEDIAN:
+        if t >= settling and limit >= PRUNE_FROM * MEDIAN:
             before = factors.ranks
             factors = pruned(factors, variances)
             ratio = variances.by_row.new_tensor([now / then for now, then in zip(factors.ranks, before, strict=True)])
@@ -139,7 +141,7 @@ def converge(
         if best is None or decoded.evidence.likelihood > best.likelihood - SLACK:
             edge = min(float(relevance.min()) for relevance in relevances(factors, variances))
             best = Run(factors, misfit, decoded, t + 1, still >= calm_rounds, edge, variances, sites)
-        if still >= calm_rounds and following <= limit:
+        if still >= calm_rounds and following <= limit and t >= settling:
             break
         if t == HOPELESS and trace[t][2] < trace[0][2] and max(misfit) > FAR_FROM_IT:
             break
