@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowra.methods.base import Observation, Recovery
 from lowra.methods.subspace_intersection import SubspaceIntersection
-from lowra.methods.subspace_intersection.half import fit, formats, levels, parts, recovery
+from lowra.methods.subspace_intersection.half import fit, formats, levels, parts, recovery, rounds
 from lowra.methods.subspace_intersection.half import sites as sites_module
 from lowra.methods.subspace_intersection.half.boxes import log_probability, score_and_curvature
 from lowra.methods.subspace_intersection.half.cells import Grid, format_of, grid_of
@@ -396,11 +396,15 @@ def test_leverages_add_up_to_the_unknowns() -> None:
     assert torch.allclose(equal, torch.tensor((2 / 16) / (1 - 2 / 16) / (2 / 3)).expand_as(equal), rtol=1e-3)
 
 
-def test_directions_below_the_noise_are_pruned() -> None:
+def test_directions_below_the_noise_are_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer((96, 96), (3, 2, 1), mu=8.0)
     cells = layer.cells(held=True)
     factors = factored(layer.merged * cells.scale, layer.base * cells.scale, [12] * 3, torch.Generator().manual_seed(0))
     assert converge(cells, factors, FROM_NEARBY).factors.ranks == (3, 2, 1)
+    # Where they have some rounds to find their place, no round before is the answer, however well it predicts.
+    assert converge(cells, factors, AT_ONCE, settling=9, most=3).factors.ranks == factors.ranks
+    monkeypatch.setattr(rounds, "SLACK", -math.inf)  # the first round that may be is the best
+    assert max(converge(cells, factors, AT_ONCE, settling=2, most=3).factors.ranks) < 12
 
 
 @pytest.mark.parametrize("start", ["vote", "mean"])

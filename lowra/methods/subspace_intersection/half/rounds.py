@@ -104,7 +104,7 @@ def converge(
     sites: to begin with, which are overwritten; where nothing was decoded yet, None.
 
     calm_rounds: how many rounds in running that move next to nothing end it. settling: first rounds, in which no
-    direction is pruned.
+    direction is pruned, and none of which is the best where it is more than one.
 
     The clip of round t is `clips[t]`, and the last one from there on, but for fine ones as `FEW_OPEN` says; no run ends
     while it rises.
@@ -138,12 +138,14 @@ def converge(
             moved, shifted = (abs(now - then) for now, then in zip(trace[-1][:2], trace[-2][:2], strict=True))
             calm = moved < STILL and shifted < STILL + 5 * STILL * trace[-1][1]
             still = still + 1 if calm else 0
+        if t == settling > 1:
+            best = None
         if best is None or decoded.evidence.likelihood > best.likelihood - SLACK:
             edge = min(float(relevance.min()) for relevance in relevances(factors, variances))
             best = Run(factors, misfit, decoded, t + 1, still >= calm_rounds, edge, variances, sites)
         if still >= calm_rounds and following <= limit and t >= settling:
             break
-        if t == HOPELESS and trace[t][2] < trace[0][2] and max(misfit) > FAR_FROM_IT:
+        if t == HOPELESS >= settling and trace[t][2] < trace[0][2] and max(misfit) > FAR_FROM_IT:
             break
         limit = following
         if decoded.slope is not None:
