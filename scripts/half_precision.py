@@ -210,7 +210,7 @@ def planted(case: Case, seed: int) -> Planted:
         updates.append(update)
     stack = []
     for i, update in enumerate(updates):
-        dtype = format_of(case, i)
+        dtype = dtype_of(case, i)
         base = weight
         if case.plant == "another base" and i == 0:
             base = (0.02 * draw(d, k)).to(DTYPES[case.base]).float()
@@ -222,7 +222,7 @@ def planted(case: Case, seed: int) -> Planted:
     return Planted(weight, torch.stack(stack), tuple(updates))
 
 
-def format_of(case: Case, model: int) -> torch.dtype:
+def dtype_of(case: Case, model: int) -> torch.dtype:
     """The format of a model's merge."""
     return DTYPES[case.merges[model % len(case.merges)]]
 
@@ -233,41 +233,25 @@ def share_of_known(case: Case, layer: Planted) -> float:
     W lies in the part that all cells have in common once each is moved back by its update. Where that holds several
     numbers of the grid, the likeliest is the one that is rounded to from most of it: none is denser than another there.
     """
-    low, high = -math.inf, math.inf
+    low, high = (torch.full_like(layer.weight, end, dtype=torch.float64) for end in (-math.inf, math.inf))
     for i, (stored, update) in enumerate(zip(layer.stack, layer.updates, strict=True)):
-        below, above = edges(stored, format_of(case, i))
-        low, high = (below - update).clamp(min=low), (above - update).clamp(max=high)
-    assert isinstance(low, Tensor)
-    assert isinstance(high, Tensor)
+        centre, half = (part.double() for part in grid_of(dtype_of(case, i)).cell(stored))
+        low, high = torch.maximum(low, centre - half - update), torch.minimum(high, centre + half - update)
     dtype = DTYPES[case.base]
-    first, last = low.to(dtype), high.to(dtype)
-    first = torch.where(first.double() < low, neighbour(first, 1), first)
-    last = torch.where(last.double() > high, neighbour(last, -1), last)
-    (begin, next_), (before, end) = edges(first, dtype), edges(last, dtype)
-    share = torch.maximum(next_ - begin, end - before) / (end - begin)
+    grid = grid_of(dtype)
+    first, last = low.to(dtype).float(), high.to(dtype).float()
+    first = torch.where(first < low, grid.neighbour(first, 1), first)
+    last = torch.where(last > high, grid.neighbour(last, -1), last)
+    (centre, half), (last_centre, last_half) = grid.cell(first), grid.cell(last)
+    together = (last_centre.double() + last_half) - (centre.double() - half)
+    share = 2 * torch.maximum(half, last_half) / together
     # Sums in float32 now and then leave a number that lies just outside, and nothing inside.
-    return float(torch.where(first.double() >= last, 1.0, share).mean())
-
-
-def edges(number: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Between which two numbers a number of a format is rounded to; float64."""
-    number = number.to(dtype)
-    middle = number.double()
-    return (middle + neighbour(number, -1).double()) / 2, (middle + neighbour(number, 1).double()) / 2
-
-
-def neighbour(number: Tensor, direction: int) -> Tensor:
-    """The next number of a format above (1) or below (-1)."""
-    bits = {2: torch.int16, 4: torch.int32}[number.itemsize]
-    whole = number.view(bits).long()
-    lowest = torch.iinfo(bits).min
-    place = torch.where(whole < 0, lowest - whole, whole) + direction  # in the order of the numbers
-    return torch.where(place < 0, lowest - place, place).to(bits).view(number.dtype)
+    return float(torch.where(first >= last, 1.0, share).mean())
 
 
 def from_truth(case: Case, layer: Planted) -> Tensor:
     """W (d, k) where ours comes to rest from the true updates, of the true ranks."""
-    dtypes = tuple(format_of(case, i) for i in range(len(layer.updates)))
+    dtypes = tuple(dtype_of(case, i) for i in range(len(layer.updates)))
     generator = torch.Generator().manual_seed(0)
     scale = unit(layer.stack, dtypes)
     base = None if case.base == "fp32" else grid_of(DTYPES[case.base], scale)

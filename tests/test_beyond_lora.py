@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from scripts_as_modules import load_script
 
 from lowra.bench.defences import applied
 from lowra.paths import conf_dir
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "beyond_lora.py"
 TASKS = ["cifar", "dtd", "kitti"]
 SMALL = {"image_size": 16, "width": 24, "depth": 2, "heads": 3, "train": 40, "val": 20, "pretraining_images": 120}
 SMALL |= {"held_out": 30, "epochs": 1, "batch_size": 40, "evaluation_per_class": 1}
@@ -24,13 +23,7 @@ SMALL |= {"held_out": 30, "epochs": 1, "batch_size": 40, "evaluation_per_class":
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("beyond_lora", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["beyond_lora"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("beyond_lora")
 
 
 @dataclass(frozen=True)

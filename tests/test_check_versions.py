@@ -1,12 +1,12 @@
 """What pyproject.toml asks for, what the lock holds, and what the README installs fit together."""
 
-import importlib.util
 import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
+from scripts_as_modules import load_script
 
 from lowra.packages import BUILDERS
 
@@ -15,12 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_versions", ROOT / "scripts" / "check_versions.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("check_versions")
 
 
 def locked() -> dict[str, str]:

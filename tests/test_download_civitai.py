@@ -1,24 +1,19 @@
 """The downloader, against a server on this machine that answers as civitai does."""
 
 import hashlib
-import importlib.util
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
+from scripts_as_modules import load_script
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "download_civitai.py"
 CONTENT = bytes(range(256)) * 40
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("download_civitai", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("download_civitai")
 
 
 @pytest.fixture

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "half_precision.py"
+from scripts_as_modules import load_script
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("half_precision", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["half_precision"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("half_precision")
 
 
 @pytest.mark.parametrize(

@@ -96,12 +96,9 @@ EASY = 0.97
 # The same of a part of a layer, which leaves more weights open than the whole will, where updates are not faint.
 EASY_PART = 0.95
 
-# Rounds between two additions of directions.
-GROWING = 4
-
-# Rounds in which added directions find their place before any is pruned: a faint one needs the smallest weights, which
-# are wrong as long as it is not known. Pruned at once, one in two of those that are missing was lost again.
-SETTLING = 6
+# Rounds in which added directions find their place before any is pruned, as a faint one needs the smallest weights,
+# which are wrong as long as it is not known: pruned at once, it is lost again. And rounds after these.
+SETTLING, GROWING = 6, 4
 
 # Clips of the rounds where the updates are faintest, of those that finish what a part began, and of those where it has
 # seen all directions.
