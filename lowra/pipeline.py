@@ -6,7 +6,7 @@ import itertools
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from lowra.reporting import kept
 from lowra.reporting.kept import Made
 from lowra.settings import shard_of
 
-REFRESH_SECONDS = 0.5  # between looks at what other processes have finished
 TABLES_SECONDS = 2.0  # at least so long between two writings of the tables while a run is under way, ...
 TABLES_SHARE = 20  # ... and so many times as long as writing them takes
 
@@ -160,33 +159,60 @@ def still_open(
 ) -> Iterator[tuple[Task, ...]]:
     """The tasks that nobody has finished meanwhile, of variants that are still tried; small layers alike as one.
 
-    Draws come in order. So do the layers of a draw, until another process is seen at work on them: from there on they
-    come at random, so that the two do not walk side by side and do everything twice.
+    Draws come in order, and so do the layers of a draw until another process is seen at work on them: from there on
+    they come at random, lest the two walk side by side where each sees late what the other does. What another process
+    has claimed comes when it is done, or last.
     """
+    claimed_by_others: list[Task] = []
+    of_its_own = random.Random()  # what is worked at when is nobody's result
+
+    def lacking(task: Task) -> dict[str, str]:
+        keys = {name: plan.key(task.draw, task.index, plan.variants[name]) for name in task.variants if name in active}
+        return {name: key for name, key in keys.items() if not store.done(LAYER, key)}
 
     def open_still(task: Task) -> Task:
-        lacking = [n for n in task.variants if not store.done(LAYER, plan.key(task.draw, task.index, plan.variants[n]))]
-        names = tuple(name for name in lacking if name in active)
+        names = tuple(lacking(task))
         bar.update(len(task.variants) - len(names))
         return replace(task, variants=names)
 
-    looked = time.monotonic()
-    of_its_own = random.Random()  # what is worked at when is nobody's result
+    def look() -> Iterator[tuple[Task, ...]]:
+        store.refresh()
+        for task in [task for task in claimed_by_others if not lacking(task)]:
+            claimed_by_others.remove(task)
+            yield (open_still(task),)
+
+    def elsewhere(task: Task) -> bool:
+        return any(map(store.claimed, lacking(task).values()))
+
+    def taken(waiting: list[Task]) -> Task:
+        if store.others:
+            chosen = of_its_own.randrange(len(waiting))
+            waiting[-1], waiting[chosen] = waiting[chosen], waiting[-1]
+        return waiting.pop()
+
+    def claim(tasks: Iterable[Task]) -> tuple[Task, ...]:
+        still = tuple(open_still(task) for task in tasks)
+        if keys := [key for task in still for key in lacking(task).values()]:
+            store.claim(keys)
+        return still
+
     for _, group in itertools.groupby(todo, key=lambda task: task.draw):
         waiting = list(group)[::-1]
         while waiting:
-            if time.monotonic() - looked > REFRESH_SECONDS:
-                store.refresh()
-                looked = time.monotonic()
-            if store.others:
-                chosen = of_its_own.randrange(len(waiting))
-                waiting[-1], waiting[chosen] = waiting[chosen], waiting[-1]
-            first = waiting.pop()
+            yield from look()
+            first = taken(waiting)
+            if elsewhere(first):
+                claimed_by_others.append(first)
+                continue
             tasks, most, places = [first], plan.together(first), reversed(range(len(waiting)))
             while len(tasks) < most and (place := next(places, None)) is not None:
-                if plan.alike(waiting[place]) == plan.alike(first):
+                if plan.alike(waiting[place]) == plan.alike(first) and not elsewhere(waiting[place]):
                     tasks.append(waiting.pop(place))
-            yield tuple(open_still(task) for task in tasks)
+            yield claim(tasks)
+    while claimed_by_others:
+        yield from look()
+        if claimed_by_others:
+            yield claim([taken(claimed_by_others)])
 
 
 def score(plan: Plan, models: ModelJudge, draw: Draw, sharded: bool) -> None:

@@ -152,11 +152,17 @@ def _parallel(
     pending: set[Future[tuple[T, R, float]]] = set()
     finished, seconds = 0, 0.0
 
+    def wanted() -> float:
+        return jobs * max(2, AHEAD * finished / seconds if seconds and alone() else 0)
+
     def fill() -> None:
-        ahead = AHEAD * finished / seconds if seconds and alone() else 0
-        for task in itertools.islice(waiting, max(0, int(jobs * max(2, ahead)) - len(pending))):
-            with _signals_blocked():  # a worker may be started
-                pending.add(executor.submit(_worker, name, sent, task, threads))
+        while len(pending) < wanted():  # asked anew: taking a task may show that others are at work
+            for task in itertools.islice(waiting, 1):
+                with _signals_blocked():  # a worker may be started
+                    pending.add(executor.submit(_worker, name, sent, task, threads))
+                break
+            else:
+                return
 
     executor = _executor(jobs, threads)
     try:

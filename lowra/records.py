@@ -4,7 +4,7 @@ A folder holds `records/`, and the union of the files in it is the truth. A proc
 own, a line a record with its checksum, and turns it into one parquet file when it ends; nobody writes to or deletes
 another's file, so any number of processes can share a folder, and a kill loses what was under way and no more. Records
 are named by a key, the digest of all that decides their numbers: what is there is never computed again, and what was
-computed twice counts once.
+computed twice counts once. A journal also says what its process is about to do, which others then leave to the last.
 
 Fig. 7's sweep (14 numbers of models x 10 draws x 264 layers x 4 methods = 147,840 records) is one file a process, of
 155 MB in all while journals, of 14 MB as parquet.
@@ -150,6 +150,7 @@ class Store:
         self.others = False
         self._records: dict[tuple[str, str], dict[str, Any]] = {}
         self._offsets: dict[str, int] = {}
+        self._claims: dict[str, set[str]] = {}  # journal: keys
         self._journal: Path | None = None
         self._mine: list[dict[str, Any]] = []
         self._context = ""
@@ -170,6 +171,8 @@ class Store:
                 names = sorted(os.listdir(self.place))
             except FileNotFoundError:
                 return
+            for ended in self._claims.keys() - set(names):
+                del self._claims[ended]
             vanished = [name for name in names if not self._read(name)]
             if not vanished:
                 return
@@ -206,6 +209,8 @@ class Store:
                 entry = loads(text)
                 if "define" in entry:
                     self.contexts[str(entry["define"])] = dict(entry["value"])
+                elif "claim" in entry:
+                    self._claims.setdefault(path.name, set()).update(map(str, entry["claim"]))
                 else:
                     self._take(_whole(entry))
             except (ValueError, KeyError, TypeError, AttributeError):
@@ -246,6 +251,10 @@ class Store:
         record = self._records.get((kind, key))
         return record is not None and not record.get("failed")
 
+    def claimed(self, key: str) -> bool:
+        """Whether another process has said that it is about to do a key's work and, as far as can be known, lives."""
+        return any(key in keys and not _ended(name) for name, keys in self._claims.items())
+
     def all(self, kind: str) -> list[dict[str, Any]]:
         """All records of a kind."""
         with self._lock:
@@ -270,17 +279,14 @@ class Store:
         self.contexts[self._context] = dict(context)
         self.others = False
 
-    def append(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Write one record, whole or not at all, and take it in. Raises LowraError when the disk is full."""
-        whole = _whole({**record, "context": self._context, "finished": _now()})
-        lines = []
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to this process's journal."""
+        entries = [entry]
         if self._journal is None:
             self.place.mkdir(parents=True, exist_ok=True)
-            host = "".join(c for c in socket.gethostname() if c.isalnum() or c == "-")[:32]
-            self._journal = self.place / f"{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
-            lines.append(dumps({"define": self._context, "value": self.contexts[self._context]}))
-        lines.append(dumps({name: value for name, value in whole.items() if value is not None}))
-        data = b"".join(b"%08x %s\n" % (zlib.crc32(line.encode()), line.encode()) for line in lines)
+            self._journal = self.place / f"{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+            entries.insert(0, {"define": self._context, "value": self.contexts[self._context]})
+        data = b"".join(b"%08x %s\n" % (zlib.crc32(line), line) for line in (dumps(each).encode() for each in entries))
         try:
             handle = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
@@ -293,6 +299,15 @@ class Store:
                 f"Cannot write to {self._journal} ({error.strerror}); {len(self._mine)} records of this process are "
                 "kept. Make room and start the same command again."
             ) from None
+
+    def claim(self, keys: Iterable[str]) -> None:
+        """Tell others what this process is about to do. Raises LowraError when the disk is full."""
+        self._write({"claim": list(keys)})
+
+    def append(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write one record, whole or not at all, and take it in. Raises LowraError when the disk is full."""
+        whole = _whole({**record, "context": self._context, "finished": _now()})
+        self._write({name: value for name, value in whole.items() if value is not None})
         with self._lock:
             self._mine.append(whole)
             self._take(whole)
@@ -302,8 +317,10 @@ class Store:
         """Turn this process's journal into a parquet file: the same records, a tenth of the bytes."""
         if self._journal is None:
             return
-        write_records(self._mine, {self._context: self.contexts[self._context]}, self._journal.with_suffix(".parquet"))
-        self._offsets[self._journal.with_suffix(".parquet").name] = 0
+        if self._mine:
+            path = self._journal.with_suffix(".parquet")
+            write_records(self._mine, {self._context: self.contexts[self._context]}, path)
+            self._offsets[path.name] = 0
         self._journal.unlink(missing_ok=True)
         self._journal, self._mine = None, []
 
@@ -348,6 +365,18 @@ class KeptWeights:
             self._path(name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not there, or others' weights in it
             (self.folder / "weights").rmdir()
+
+
+def _host() -> str:
+    return "".join(c for c in socket.gethostname() if c.isalnum() or c == "-")[:32]
+
+
+def _ended(journal: str) -> bool:
+    """Whether the process that a journal is named by is known to be gone: of those on other machines nothing is."""
+    import psutil
+
+    host, _, process = journal.rpartition("-")[0].rpartition("-")
+    return host == _host() and process.isdecimal() and not psutil.pid_exists(int(process))
 
 
 def _now() -> str:

@@ -107,6 +107,20 @@ def test_no_more_than_the_next_task_waits_where_others_work_too(forked: bool) ->
     assert sum(done < back for _, done in results) <= 4
 
 
+def test_no_more_tasks_are_taken_when_taking_one_shows_that_others_work_too(forked: bool) -> None:
+    taken = []
+
+    def tasks() -> Iterator[float]:
+        for i in range(400):
+            taken.append(i)
+            yield 0.05
+
+    results = pool.run(dozing, tasks(), 2, 1, alone=lambda: len(taken) < 7)
+    next(results)
+    assert len(taken) == 7
+    results.close()
+
+
 HOARD: list[torch.Tensor] = []
 
 

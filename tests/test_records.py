@@ -134,6 +134,22 @@ def test_a_journal_that_turns_to_parquet_between_look_and_read(tmp_path: Path, m
     assert [record["key"] for record in reader.all(LAYER)] == ["a"]
 
 
+def test_processes_at_work_see_each_other_before_anything_is_found(tmp_path: Path) -> None:
+    first, second = opened(tmp_path), opened(tmp_path)
+    first.claim(["a"])
+    second.claim(["b"])
+    first.refresh()
+    second.refresh()
+    assert first.others
+    assert second.others
+    first.close()
+    second.close()  # with nothing found, nothing is left
+    assert not list((tmp_path / "records").iterdir())
+    late = opened(tmp_path)
+    late.refresh()
+    assert not late.others
+
+
 def test_a_line_under_way_is_read_when_it_is_whole(tmp_path: Path) -> None:
     writer, reader = opened(tmp_path), Store(tmp_path)
     writer.append(layer("a"))
