@@ -14,7 +14,7 @@ from collections.abc import Iterator
 # Bytes from which an allocation is the system's (what glibc comes to by itself, and where layers are worked on tile by
 # tile, so that whole layers go back), and of what is kept beside; the names are those of C's malloc.h.
 USUAL, LAYERS, KEPT = 2**25, 2**23, 2**26
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
 
 def keep_temporaries(smaller_than: int = USUAL) -> None:
@@ -26,6 +26,16 @@ def keep_temporaries(smaller_than: int = USUAL) -> None:
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, KEPT)
         mallopt(M_MMAP_THRESHOLD, smaller_than)
+        mallopt(M_ARENA_MAX, 1)  # what one thread keeps is for all
+
+
+def trim() -> None:
+    """Give back to the system what is kept."""
+    try:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:  # another C library
+        pass
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ from lowra.methods.subspace_intersection.certificates import Certificate
 from lowra.methods.subspace_intersection.closed_form import closed_form
 from lowra.methods.subspace_intersection.expected import Expected, expected
 from lowra.methods.subspace_intersection.grid import Grid
-from lowra.methods.subspace_intersection.half import SURE, HalfAnswer, Recoverer, formats
+from lowra.methods.subspace_intersection.half import HalfAnswer, Recoverer, formats
 from lowra.methods.subspace_intersection.low_signal import low_signal
 from lowra.methods.subspace_intersection.problem import Problem, pose
 from lowra.methods.subspace_intersection.ranges import OVERSAMPLING, Difference, projected, triplets
@@ -146,7 +146,7 @@ class SubspaceIntersection:
             "scales_settled": answer.settled,
             "blocks": "x".join(map(str, answer.blocks or ())),
         }
-        sure = half.chance >= SURE if half else answer.sure
+        sure = half.certain if half else answer.sure
         return Recovery(weight.unsqueeze(0), answer.status, stats, sure=sure)
 
     def _solve_cells(

@@ -8,6 +8,7 @@ statement on M. With the entry's own evidence left in, every estimate would conf
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -19,8 +20,11 @@ from lowra.methods.subspace_intersection.half.doubt import SURE, SecondLook
 from lowra.methods.subspace_intersection.half.fit import Factors, Variances, force, pull, ridge, summed, weighted
 from lowra.methods.subspace_intersection.half.held_out import Evidence, Question
 from lowra.methods.subspace_intersection.half.lattice import REACH, Site, decode, settled
-from lowra.methods.subspace_intersection.half.parts import Tile, in_parts
+from lowra.methods.subspace_intersection.half.parts import Tile, each_part, spans
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, Cells, Sites
+
+# Shares of a tile whose sites are renewed one by one: what that takes beside is many times what it is about.
+SHARES = 4
 
 # A misfit up to this is chance.
 CHANCE = 1.1
@@ -55,14 +59,40 @@ FIRM, FIRM_FINE = 1e3, 1e4
 LEAST_FACTOR, MOST_FACTOR = 1.0, 64.0
 
 
+@dataclass(frozen=True)
+class Replaced:
+    """What a sweep found otherwise than the one before, whose weights it wrote over: few where rounds near their end.
+
+    places: indices in the flattened tile; weight and certain: what was there.
+    """
+
+    tile: Tile
+    places: Tensor
+    weight: Tensor
+    certain: Tensor
+
+    @classmethod
+    def by(cls, tile: Tile, weight: Tensor, certain: Tensor, number: Tensor, sure: Tensor) -> Replaced:
+        """What a tile's numbers, and which are sure, replace."""
+        places = (weight != number).logical_or_(certain != sure).flatten().nonzero().squeeze(1).int()
+        return cls(tile, places, weight.flatten()[places], certain.flatten()[places])
+
+    def back(self, weight: Tensor, certain: Tensor) -> None:
+        """Put it back into a layer (d, k)."""
+        for layer, before in ((weight, self.weight), (certain, self.certain)):
+            part = layer[self.tile].flatten()
+            part[self.places] = before
+            layer[self.tile] = part.view(layer[self.tile].shape)
+
+
 @dataclass
 class Decoded:
     """What a sweep found.
 
     predicted: expected share of W on the bit. sure: share of weights known with probability `SURE`. square_error:
     expected mean square of the error, in the units of the cells. slope: of the fit at the new sites, None after the
-    last sweep. weight (d, k), the likeliest numbers, as they are and in their own format, and chance (d, k) float16,
-    their probability, are kept when asked for.
+    last sweep. weight (d, k), the likeliest numbers, as they are and in their own format, and certain (d, k) bool, the
+    sure ones among them, are kept when asked for.
     """
 
     predicted: float = 0.0
@@ -71,7 +101,29 @@ class Decoded:
     slope: Factors | None = None
     evidence: Evidence = field(default_factory=lambda: Evidence((1.0,)))
     weight: Tensor | None = None
-    chance: Tensor | None = None
+    certain: Tensor | None = None
+    written_over: list[Replaced] = field(default_factory=list)
+
+    def put(self, tile: Tile, number: Tensor, certain: Tensor, *, over: bool) -> None:
+        """Keep what was found in a tile (rows, columns). over: there is something of a sweep before."""
+        if self.weight is None or self.certain is None:
+            return
+        if over:
+            self.written_over.append(Replaced.by(tile, self.weight[tile], self.certain[tile], number, certain))
+        self.weight[tile] = number
+        self.certain[tile] = certain
+
+    def undo(self) -> None:
+        """Give the sweep before its weights back."""
+        assert self.weight is not None
+        assert self.certain is not None
+        for replaced in self.written_over:
+            replaced.back(self.weight, self.certain)
+        self.settle()
+
+    def settle(self) -> None:
+        """Forget what was written over."""
+        self.written_over.clear()
 
 
 @dataclass(frozen=True)
@@ -90,34 +142,42 @@ class Sweep:
     variance_factor: float = 1.0
     second: SecondLook | None = None
 
-    def run(self, *, keep: bool = True, last: bool = False) -> Decoded:
-        """Decode, and renew the sites in place. keep: hand back the weights. last: leave the sites as they are."""
+    def run(self, *, keep: bool = True, last: bool = False, over: Decoded | None = None) -> Decoded:
+        """Decode, and renew the sites in place. keep: hand back the weights. last: leave the sites as they are.
+
+        over: of a sweep before, whose weights are written over, until what this one finds is settled or undone.
+        """
         _, d, k = self.cells.stack.shape
         found = Decoded()
         question = None if self.cells.held is None else Question.of(self.cells)
-        if keep:
+        if over is not None:
+            found.weight, found.certain = over.weight, over.certain
+        elif keep:
             found.weight = self.cells.stack.new_empty(d, k, dtype=self.cells.kept)
-            found.chance = self.cells.stack.new_empty(d, k, dtype=torch.float16)
+            found.certain = self.cells.stack.new_empty(d, k, dtype=torch.bool)
         by_left = [torch.zeros_like(left) for left in self.factors.left]
 
         def part(strips: list[list[Tile]]) -> tuple[Decoded, list[Tensor], SecondLook | None]:
-            own = Decoded(weight=found.weight, chance=found.chance)
+            own = Decoded(weight=found.weight, certain=found.certain)
             by_right = [torch.zeros_like(right) for right in self.factors.right]
             second = None if self.second is None else self.second.part()
             for tile in chain(*strips):
-                self._tile(tile, own, question, second, by_left, by_right, last)
+                self._tile(tile, own, question, second, by_left, by_right, last, over is not None)
             return own, by_right, second
 
-        parts = in_parts(part, self.cells.strips())
-        for own, _, second in parts:
-            found.predicted += own.predicted / (d * k)
-            found.sure += own.sure / (d * k)
-            found.square_error += own.square_error / (d * k)
-            if second is not None and self.second is not None:
-                self.second.by_column.add_(second.by_column)
+        def taken_in() -> Iterator[list[Tensor]]:
+            for own, sums, second in each_part(part, self.cells.strips()):
+                found.predicted += own.predicted / (d * k)
+                found.sure += own.sure / (d * k)
+                found.square_error += own.square_error / (d * k)
+                found.written_over += own.written_over
+                if second is not None and self.second is not None:
+                    self.second.by_column.add_(second.by_column)
+                yield sums
+
+        by_right = summed(taken_in())
         found.evidence = Evidence(self._tried(), self.cells.base, question)
         if not last:
-            by_right = summed([sums for _, sums, _ in parts])
             ridge(self.factors.sizes(), self.factors, by_left, by_right, -1.0)
             found.slope = Factors(tuple(by_left), tuple(by_right))
         return found
@@ -141,6 +201,7 @@ class Sweep:
         by_left: list[Tensor],
         by_right: list[Tensor],
         last: bool,
+        over: bool,
     ) -> None:
         cells, sites = self.cells, self.sites
         rows, columns = tile
@@ -164,10 +225,18 @@ class Sweep:
         own = precision.div_(total).neg_().add_(1).mul_(sites.precision[:, *tile])
         if cells.held is not None and question is not None:
             question.put(cells.held, tile, target, half, loose, added)
-        mean, known, site_weight, site_centre = self._decode(tile, target, half, variance, found, second)
+        del rest, shift, bound, loose  # each of them as large as the tile of all models
+        mean, known, site_weight, site_centre = self._decode(tile, target, half, variance, found, second, over)
+        del target
         if last:
             return
-        self._renew(tile, centre, half, update, variance, own, mean, known, extra)
+        for some in spans(len(mean), math.ceil(len(mean) / SHARES)):
+            part = (slice(rows.start + some.start, rows.start + some.stop), columns)
+            here, half_here, update_here, spread, own_here = (
+                values[:, some] for values in (centre, half, update, variance, own)
+            )
+            rounded = None if extra is None else extra[:, some]
+            self._renew(part, here, half_here, update_here, spread, own_here, mean[some], known[some], rounded)
         sites.weight[tile] = site_weight
         sites.centre[tile] = site_centre
         pull(force(sites, tile, centre, half, update), tile, self.factors, by_left, by_right)
@@ -180,6 +249,7 @@ class Sweep:
         variance: Tensor,
         found: Decoded,
         second: SecondLook | None,
+        over: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Posterior mean of W, its variance, and its site: weight, centre; all (rows, columns)."""
         cells = self.cells
@@ -189,8 +259,7 @@ class Sweep:
             precision = half.square().div_(3).add_(variance).reciprocal_()
             total = precision.sum(0)
             what = precision.mul_(target).sum(0).div_(total)
-            if found.weight is not None:
-                found.weight[tile] = what / cells.scale
+            found.put(tile, what / cells.scale, torch.zeros_like(what, dtype=torch.bool), over=over)
             return what, torch.full_like(what, math.inf), torch.zeros_like(what), what
         kept = found.weight is not None or second is not None
         near, clear = settled(grid, target, half, variance.sqrt())
@@ -221,17 +290,14 @@ class Sweep:
             second.count(tile, miss, spread, grid.spacing(best))
         decided = near.numel() - len(open_)
         found.predicted += decided + (float(share.sum()) if share is not None else 0.0)
-        found.sure += decided + (int((share > SURE).sum()) if share is not None else 0)
+        sure = None if share is None else share >= SURE
+        found.sure += decided + (int(sure.sum()) if sure is not None else 0)
         if kept:
             number = (best / cells.scale).to(cells.kept)
-            chance = torch.ones_like(best, dtype=torch.float16)
-            if share is not None:
-                chance.view(-1).index_copy_(0, open_, share.to(torch.float16))
-            if found.weight is not None and found.chance is not None:
-                found.weight[tile] = number
-                found.chance[tile] = chance
+            certain = clear if sure is None else clear.view(-1).index_copy(0, open_, sure).view(shape)
+            found.put(tile, number, certain, over=over)
             if second is not None:
-                second.compare(tile, number, chance)
+                second.compare(tile, number, certain)
         return mean, var, site_weight, site_centre
 
     def _renew(
@@ -262,11 +328,13 @@ class Sweep:
         precision = torch.maximum(precision, inverse * FAINTEST)
         # The step is that of the true curvature: under a clipped one it would overshoot.
         shift = score.div_(deviation).div_(precision)
+        del curvature, deviation
         known_ = usable.float()
         raw = inverse.clamp_(max=self.limit)
         if extra is not None:
             precision = precision / (1 + precision * extra)
             raw = raw / (1 + raw * extra)
         sites.precision[:, *tile] = raw.lerp_(precision.clamp_(max=CEILING * self.limit), known_)
+        del raw, precision
         offset = base.add_(shift).sub_(centre).div_(half).clamp_(-FURTHEST, FURTHEST)
         sites.offset[:, *tile] = offset.mul_(known_)

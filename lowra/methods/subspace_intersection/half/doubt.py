@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lowra.methods.subspace_intersection.half.parts import Tile
 
-# Probability from which a weight is called sure, and the one that is given where there is doubt.
-SURE, DOUBTED = 0.999, 0.998
+# Probability from which a weight is called sure.
+SURE = 0.999
 
 # Deviation of the estimate, in spacings of the grid, up to which a distance from the grid tells something.
 TELLING = 0.25
@@ -27,29 +27,29 @@ OUTSTANDING = 3.0
 
 @dataclass(frozen=True)
 class SecondLook:
-    """What a second sweep says against the first one's weights (d, k) and their chances (d, k), which it lowers.
+    """What a second sweep says against the first one's weights (d, k), and against which are certain (d, k).
 
     by_row, by_column: sums of chi, the distance from the grid over its variance, and counts; (2, d) and (2, k).
     """
 
     weight: Tensor
-    chance: Tensor
+    certain: Tensor
     by_row: Tensor
     by_column: Tensor
 
     @classmethod
-    def at(cls, weight: Tensor, chance: Tensor) -> SecondLook:
+    def at(cls, weight: Tensor, certain: Tensor) -> SecondLook:
         """Nothing seen yet."""
         d, k = weight.shape
-        return cls(weight, chance, *(torch.zeros(2, size, device=weight.device) for size in (d, k)))
+        return cls(weight, certain, *(torch.zeros(2, size, device=weight.device) for size in (d, k)))
 
     def part(self) -> SecondLook:
         """The same for some of the rows, with sums over columns of its own."""
         return replace(self, by_column=torch.zeros_like(self.by_column))
 
-    def compare(self, tile: Tile, weight: Tensor, chance: Tensor) -> None:
-        """Take in the numbers and chances that the second sweep finds in a tile."""
-        self._lower(tile, (weight != self.weight[tile]).logical_or_(chance < SURE))
+    def compare(self, tile: Tile, weight: Tensor, certain: Tensor) -> None:
+        """Take in the numbers that the second sweep finds in a tile, and which it is certain of."""
+        self.certain[tile] &= (weight == self.weight[tile]).logical_and_(certain)
 
     def count(self, tile: Tile, miss: Tensor, spread: Tensor, step: Tensor) -> None:
         """Take in the distance of a tile (rows, columns) from the numbers chosen, its variance, the spacing there."""
@@ -63,12 +63,8 @@ class SecondLook:
     def finish(self) -> None:
         """Doubt the rows and columns that are further off the grid than others by more than chance."""
         rows, columns = (_stands_out(*sums) for sums in (self.by_row, self.by_column))
-        self._lower(rows, True)
-        self._lower((slice(None), columns), True)
-
-    def _lower(self, where: Tensor | tuple[slice, slice | Tensor], unsure: Tensor | bool) -> None:
-        chance = self.chance[where]
-        self.chance[where] = chance.masked_fill(unsure & (chance >= SURE), DOUBTED)
+        self.certain[rows] = False
+        self.certain[:, columns] = False
 
 
 def _stands_out(total: Tensor, count: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lowra.methods.subspace_intersection.half.parts import Tile, in_parts, spans
+from lowra.methods.subspace_intersection.half.parts import Tile, each_part, in_parts, spans
 from lowra.methods.subspace_intersection.half.preconditioner import Side, shared_precision
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, NARROWEST, Cells, Sites
 
@@ -221,7 +221,7 @@ class Quadratic:
                 pull(pulls, tile, factors, by_left, by_right, self.only)
             return by_right
 
-        by_right = summed(in_parts(part, self.cells.strips()))
+        by_right = summed(each_part(part, self.cells.strips()))
         ridge(self.sizes or here.sizes(), change, by_left, by_right, 1.0)
         return self._masked(by_left, by_right)
 
@@ -282,6 +282,7 @@ class Quadratic:
             step = precondition(rest)
             before, size = size, rest.dot(step)
             direction = step.moved(direction, size / before)
+            del image, step  # as large as the factors, each
         return change
 
 
@@ -327,9 +328,10 @@ def pull(
             by_column[columns].addmm_(f.mT, left[rows])
 
 
-def summed(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def summed(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     """The sums over parts of each of their tensors, in those of the first."""
-    first, *others = parts
+    others = iter(parts)
+    first = next(others)
     for other in others:
         for total, value in zip(first, other, strict=True):
             total.add_(value)
@@ -363,7 +365,7 @@ def slope(cells: Cells, sites: Sites, factors: Factors, sizes: list[Tensor] | No
             pull(force(sites, tile, centre, half, factors.updates(*tile)), tile, factors, by_left, by_right)
         return by_right
 
-    by_right = summed(in_parts(part, cells.strips()))
+    by_right = summed(each_part(part, cells.strips()))
     ridge(sizes or factors.sizes(), factors, by_left, by_right, -1.0)
     return Factors(tuple(by_left), tuple(by_right))
 

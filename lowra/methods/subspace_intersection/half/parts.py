@@ -54,14 +54,20 @@ def threads(device: torch.device) -> Iterator[None]:
 
 def in_parts(work: Callable[[list[B]], T], blocks: Iterable[B]) -> list[T]:
     """The results of `work` on each part of the blocks, in order."""
+    return list(each_part(work, blocks))
+
+
+def each_part(work: Callable[[list[B]], T], blocks: Iterable[B]) -> Iterator[T]:
+    """The same one by one, for results that are not to be held all at once."""
     blocks = list(blocks)
     size = math.ceil(len(blocks) / PARTS)
     parts = [blocks[start : start + size] for start in range(0, len(blocks), size)]
     pool = _POOL.get()
     if pool is None or len(parts) == 1:
-        return [work(part) for part in parts]
+        yield from map(work, parts)
+        return
     # Modes belong to threads: without the caller's, tensors made in inference mode could not be written to.
-    return list(pool.map(partial(_within, work, torch.is_inference_mode_enabled()), parts))
+    yield from pool.map(partial(_within, work, torch.is_inference_mode_enabled()), parts)
 
 
 def _within(work: Callable[[list[B]], T], inference: bool, part: list[B]) -> T:

@@ -14,7 +14,7 @@ from lowra.methods.subspace_intersection.answer import Estimate
 from lowra.methods.subspace_intersection.half import levels
 from lowra.methods.subspace_intersection.half.cavity import Decoded, Sweep
 from lowra.methods.subspace_intersection.half.cells import format_of, grid_of
-from lowra.methods.subspace_intersection.half.doubt import SURE, SecondLook
+from lowra.methods.subspace_intersection.half.doubt import SecondLook
 from lowra.methods.subspace_intersection.half.fit import Factors, Variances, qr_of
 from lowra.methods.subspace_intersection.half.parts import threads
 from lowra.methods.subspace_intersection.half.rounds import (
@@ -120,16 +120,16 @@ WIDER = 2.0
 class HalfAnswer:
     """What the cells say of W.
 
-    weight: (d, k) float32, the likeliest numbers. chance: (d, k) float16, their probabilities. predicted: expected
-    share of them that is right on the bit. sure: share with a chance of at least `SURE`. w_error: log10 of the expected
-    mean square error. misfit: the largest chi of a model. likelihood: mean log probability of a held-out cell,
+    weight: (d, k) float32, the likeliest numbers. certain: (d, k) bool, which have a probability of at least `SURE`.
+    predicted: expected share of them that is right on the bit. sure: share of certain ones. w_error: log10 of the
+    expected mean square error. misfit: the largest chi of a model. likelihood: mean log probability of a held-out cell,
     deviation: less its expectation, overconfidence: the same had the held-out cells not calibrated the updates'
     variances. shared: see `shared_direction`. start: name of the start. grid: name of W's. certified: as the module
     says. crowded: see the function. settled: the rounds came to rest.
     """
 
     weight: Tensor
-    chance: Tensor
+    certain: Tensor
     predicted: float
     sure: float
     w_error: float
@@ -227,13 +227,13 @@ def doubt(cells: Cells, run: Run) -> None:
     """Take back that weights are sure where a second look, with larger variances of the updates, leaves doubts."""
     decoded = run.decoded
     assert decoded.weight is not None
-    assert decoded.chance is not None
+    assert decoded.certain is not None
     factor = WIDER * decoded.evidence.factors[0]
-    second = SecondLook.at(decoded.weight, decoded.chance)
+    second = SecondLook.at(decoded.weight, decoded.certain)
     sweep = Sweep(cells, run.sites, run.factors, run.variances, run.misfit, MEDIAN, factor, second=second)
     sweep.run(keep=False, last=True)
     second.finish()
-    decoded.sure = int((decoded.chance >= SURE).count_nonzero()) / decoded.chance.numel()
+    decoded.sure = int(decoded.certain.count_nonzero()) / decoded.certain.numel()
 
 
 def formats(stack: Tensor) -> tuple[torch.dtype, ...] | None:
@@ -284,12 +284,12 @@ class Recoverer:
         whole = Cells(self.stack, self.dtypes, scale, grid_of(base, scale), hold_out(self.stack, self.generator))
         tried: dict[str, float] = {}
         if n < MODELS:
-            alone = self._unfitted(whole)
-            assert alone.chance is not None
+            voted = self._unfitted(whole)
+            assert voted.certain is not None
             # Two models share explanations that no probability within one of them knows of: nothing is sure.
-            alone.chance.clamp_(max=0.99)
-            alone.sure = 0.0
-            return self._answer(alone, "vote", base, scale, tried)
+            voted.certain.fill_(False)
+            voted.sure = 0.0
+            return self._answer(voted, "vote", base, scale, tried)
         part = levels.choose_part((d, k), self.hint or max(self.counted, LIKELY), self.generator, self.stack.device)
         cells = whole
         if part is not None:
@@ -346,8 +346,9 @@ class Recoverer:
         decoded, certified = run.decoded, certifiable(run, n, self.hint)
         if certified:
             doubt(cells, run)
-        if not certified or decoded.predicted < EASY:
-            alone = self._unfitted(whole, run.sites)
+        alone = self._unfitted(whole, run.sites) if not certified or decoded.predicted < EASY else None
+        del run.sites  # more than half of all memory, before the answer takes some
+        if alone is not None:
             # Along what all updates share a fit goes anywhere, and one that neither explains nor predicts has.
             poor = max(run.misfit) > MISFIT and decoded.evidence.calibrated_deviation < DEVIATION
             astray = poor and shared_direction(run.factors) >= CLOSE
@@ -395,10 +396,10 @@ class Recoverer:
         certified: bool = False,
     ) -> HalfAnswer:
         assert decoded.weight is not None
-        assert decoded.chance is not None
+        assert decoded.certain is not None
         return HalfAnswer(
             weight=decoded.weight.float(),
-            chance=decoded.chance,
+            certain=decoded.certain,
             predicted=decoded.predicted,
             sure=decoded.sure,
             w_error=math.log10(max(decoded.square_error, 1e-300)) - 2 * math.log10(scale),
@@ -489,8 +490,8 @@ class Recoverer:
         of the weights open.
         """
         assert run.decoded.weight is not None
-        assert run.decoded.chance is not None
-        sure = run.decoded.weight[run.decoded.chance > SURE]
+        assert run.decoded.certain is not None
+        sure = run.decoded.weight[run.decoded.certain]
         if len(sure) and float((sure.to(torch.bfloat16) == sure).float().mean()) > COARSER:
             other = replace(cells, base=grid_of(torch.bfloat16, cells.scale))
             again = converge(other, run.factors, FROM_NEARBY)
@@ -507,10 +508,9 @@ class Recoverer:
         assert cells.base is not None
         decoded = by_sizes(cells, sites)
         assert decoded.weight is not None
-        assert decoded.chance is not None
+        assert decoded.certain is not None
         voted = (cells.base.nearest(vote(cells.stack) * cells.scale) / cells.scale).to(decoded.weight.dtype)
-        # Where the posterior prefers another number, the vote's has at most what is left.
-        torch.where(voted == decoded.weight, decoded.chance, decoded.chance.neg().add_(1), out=decoded.chance)
+        decoded.certain &= voted == decoded.weight  # elsewhere the posterior prefers another number
         decoded.weight = voted
         return decoded
 

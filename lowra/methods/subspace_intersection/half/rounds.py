@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lowra.allocator import trim
 from lowra.methods.subspace_intersection.half.cavity import COARSE, Decoded, Sweep
 from lowra.methods.subspace_intersection.half.fit import (
     LENGTHS,
@@ -53,6 +54,9 @@ HOPELESS, FAR_FROM_IT = 4, 1.3
 # Directions are pruned from this clip on: below it, small weights cannot yet speak for the directions that only they
 # see.
 PRUNE_FROM = 250.0
+
+# Entries of a layer from which a round takes so long that fetching memory anew is nothing to it.
+LARGE = 2**22
 
 # Nats by which the held-out cells must prefer an earlier round to a later one.
 SLACK = 0.01
@@ -121,8 +125,11 @@ def converge(
     for t in range(most):
         following = limits[min(t + 1, len(limits) - 1)]
         variances = effective_variances(sites, factors.ranks, variances)
+        give_back(cells)
         change = Quadratic(cells, sites, factors).step(down, variances, ITERATIONS, tolerance)
         factors, misfit = searched(cells, sites, factors, change, limit if good else math.inf)
+        del change
+        give_back(cells)
         factors = factors.balanced()
         if t >= settling and limit >= PRUNE_FROM * MEDIAN:
             before = factors.ranks
@@ -131,7 +138,8 @@ def converge(
             variances = Variances(variances.by_row * ratio[:, None], variances.by_column * ratio[:, None])
         if not (trace and trace[-1][0] >= FEW_OPEN and BURIED <= min(misfit) <= max(misfit) <= LEFT_OVER):
             following = min(following, COARSE * MEDIAN)
-        decoded = Sweep(cells, sites, factors, variances, misfit, following, loosened).run(last=t == most - 1)
+        sweep = Sweep(cells, sites, factors, variances, misfit, following, loosened)
+        decoded = sweep.run(last=t == most - 1, over=best.decoded if best else None)
         loosened = decoded.evidence.factors[decoded.evidence.best]
         trace.append((decoded.predicted, max(misfit), decoded.evidence.likelihood))
         if t:
@@ -143,6 +151,9 @@ def converge(
         if best is None or decoded.evidence.likelihood > best.likelihood - SLACK:
             edge = min(float(relevance.min()) for relevance in relevances(factors, variances))
             best = Run(factors, misfit, decoded, t + 1, still >= calm_rounds, edge, variances, sites)
+            decoded.settle()
+        else:
+            decoded.undo()
         if still >= calm_rounds and following <= limit and t >= settling:
             break
         if t == HOPELESS >= settling and trace[t][2] < trace[0][2] and max(misfit) > FAR_FROM_IT:
@@ -154,6 +165,12 @@ def converge(
     best.rounds, best.trace = t + 1, trace
     best.settled = still >= calm_rounds
     return best
+
+
+def give_back(cells: Cells) -> None:
+    """Give back what a step keeps for a sweep and a sweep for a step, which cannot use it, where that is much."""
+    if cells.stack[0].numel() >= LARGE:
+        trim()
 
 
 def approached(cells: Cells, factors: Factors, clip: float) -> Factors:
