@@ -295,8 +295,11 @@ class ModelJudge:
     problems: list[str] = field(default_factory=list)
     shown: dict[str, str] = field(default_factory=dict)
 
-    def score(self, draw: Any, variant: Variant) -> None:
-        """Score what a variant recovered in one draw, unless it is there already."""
+    def score(self, draw: Any, variant: Variant, *, leave: bool = False) -> None:
+        """Score what a variant recovered in one draw, unless it is there already.
+
+        leave: leave what another process is at.
+        """
         records = self._records(draw, variant)
         if records is None:
             return
@@ -309,7 +312,10 @@ class ModelJudge:
             assert name is not None  # as many digests as candidates (LayerJudge)
             shown = self.plan.cfg.keep_outputs and draw.trial == 0 and candidate == 0
             todo = [metric for metric in self.plan.metrics if not self._there(metric, name, shown=shown)]
+            if leave and any(self.store.claimed(self._key(metric, name)) for metric in todo):
+                return
             if todo:
+                self.store.claim(self._key(metric, name) for metric in todo)
                 weights = self._weights(draw, variant, records, candidate)
                 for metric in todo:
                     self._measure(metric, name, weights, variant, shown=shown)

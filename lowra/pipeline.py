@@ -117,7 +117,7 @@ def recover(
     finished = [draw for draw in plan.draws if not remaining[draw]]
     with tqdm(total=total, unit="layer", disable=not todo, dynamic_ncols=True, mininterval=interval) as bar:
         for draw in finished:
-            score(plan, models, draw, mine is not None)
+            score(plan, models, draw, mine is not None, leave=True)
         waiting = still_open(plan, store, todo, active, bar)
         for group, found in pool.run(judge.judge_alike, waiting, jobs, threads, lambda: not store.others):
             signals.check()
@@ -132,15 +132,16 @@ def recover(
             remaining[draw] -= len(group)
             if not remaining[draw]:
                 drop_hopeless(plan, store, draw, active)
-                score(plan, models, draw, mine is not None)
+                score(plan, models, draw, mine is not None, leave=True)
                 if mine is None and time.monotonic() > due:
                     started = time.monotonic()
                     report(plan, store, figures=False)
                     due = time.monotonic() + max(TABLES_SECONDS, TABLES_SHARE * (time.monotonic() - started))
     store.refresh()
-    for draw in plan.draws:  # what other processes finished of draws that were not ours to score
-        if mine is None:
-            score(plan, models, draw, False)
+    # What other processes finished of draws that were not ours to score, what one of them is at last.
+    for leave in (True, False) if store.others else (False,):
+        for draw in plan.draws:
+            score(plan, models, draw, mine is not None, leave=leave)
 
 
 def shares(plan: Plan) -> set[tuple[Draw, int]] | None:
@@ -215,12 +216,12 @@ def still_open(
             yield claim([taken(claimed_by_others)])
 
 
-def score(plan: Plan, models: ModelJudge, draw: Draw, sharded: bool) -> None:
-    """Score a draw's recovered models, where the run has metrics and is whole."""
+def score(plan: Plan, models: ModelJudge, draw: Draw, sharded: bool, *, leave: bool) -> None:
+    """Score a draw's recovered models, where the run has metrics and is whole. leave: what another process is at."""
     if plan.metrics and not sharded:
         for variant in plan.variants.values():
             signals.check()
-            models.score(draw, variant)
+            models.score(draw, variant, leave=leave)
 
 
 def told(record: dict[str, Any], outcome: Outcome) -> None:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from lowra import pipeline, plan
 from lowra.bench.schema import write_dataset
 from lowra.judge import LayerJudge
-from lowra.records import Store, read, trials, write_records
+from lowra.records import SCORE, Store, read, trials, write_records
 from lowra.reporting import figures
 
 Configure = Callable[..., DictConfig]
@@ -772,6 +772,33 @@ def test_a_metric_scores_recovered_models_averaged_over_candidates(custom: Confi
     assert sum(label is not None for label in norm.labels) == 2  # outputs of the first draw alone are kept
     assert [list(columns.values()) for columns in norm.shown] == [["Pre-FT (truth)", "Mean LoRA", "LoRA FT"]]
     assert not (outcome.folder / "weights").exists()
+
+
+def test_a_model_that_another_process_is_scoring_is_left_to_the_last(
+    custom: Configure, use: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = use(Norm())
+    cfg = custom("methods=[mean_lora]", "+metrics.norm={_target_: x}", "n_loras=3", "trials=3")
+    other = Store(pipeline.run(cfg).folder)
+    other.refresh()
+    first = min((record for record in other.all(SCORE)), key=lambda record: record["finished"])["key"]
+    for name in ("records", "outputs"):
+        shutil.rmtree(other.folder / name)
+    other.open({})
+    other.claim([first])
+    scored: list[str] = []
+    real = Store.append
+
+    def append(self: Store, record: Any) -> Any:
+        scored.extend([record["key"]] if record["kind"] == SCORE else [])
+        other.claim(["something"])  # it is seen at work
+        return real(self, record)
+
+    monkeypatch.setattr(Store, "append", append)
+    pipeline.run(cfg)
+    assert len(norm.labels) == 6
+    assert len(scored) == 3
+    assert scored[-1] == first
 
 
 def test_scores_are_keyed_by_base_inputs_and_settings(custom: Configure, use: Any) -> None:
