@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,30 @@ def test_processes_at_work_see_each_other_before_anything_is_found(tmp_path: Pat
     assert not late.others
 
 
+def test_what_a_process_is_about_to_do_is_its_own_while_it_lives(tmp_path: Path) -> None:
+    worker, other = opened(tmp_path), opened(tmp_path)
+    worker.claim(["a", "b"])
+    other.refresh()
+    worker.refresh()
+    assert other.claimed("a")
+    assert not other.claimed("c")
+    assert not worker.claimed("a")  # by others, that is
+    (journal,) = (tmp_path / "records").iterdir()
+    host, _, token = journal.name.rsplit("-", 2)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    places = {f"{host}-{gone.pid}-{token}": False, f"elsewhere-{gone.pid}-{token}": True, "x.jsonl": True}
+    for name, held in places.items():
+        folder = tmp_path / name / "records"
+        folder.mkdir(parents=True)
+        shutil.copy(journal, folder / name)
+        late = opened(folder.parent)
+        assert late.claimed("a") is held, name
+    worker.close()
+    other.refresh()
+    assert not other.claimed("a")
+
+
 def test_a_line_under_way_is_read_when_it_is_whole(tmp_path: Path) -> None:
     writer, reader = opened(tmp_path), Store(tmp_path)
     writer.append(layer("a"))
@@ -173,6 +198,7 @@ DAMAGE = {
     "number.jsonl": b"%08x 3\n" % zlib.crc32(b"3"),
     "no_record.jsonl": b"%08x {}\n" % zlib.crc32(b"{}"),
     "kind.jsonl": b'%08x {"kind":"x"}\n' % zlib.crc32(b'{"kind":"x"}'),
+    "claim.jsonl": b'%08x {"claim":3}\n' % zlib.crc32(b'{"claim":3}'),
     "cut.parquet": b"PAR1",
     "empty.parquet": b"",
     ".hidden.jsonl": b"noise\n",
