@@ -535,6 +535,18 @@ def test_a_second_look_doubts_what_it_finds_otherwise_or_is_not_sure_of() -> Non
     assert second.certain.tolist() == [[True, True, True, True], [False, False, False, True]]
 
 
+def test_hidden_updates_are_certified_only_where_most_weights_stay_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What updates share, moved into W, leaves doubt; of updates that are seen, few sure weights say nothing."""
+    hidden, seen = Layer(mu=0.3, seed=0), Layer(mu=2.0, seed=0)
+    for least, expected in ((0.9, ["certified", "certified"]), (0.999, ["uncertified", "certified"])):
+        monkeypatch.setattr(recovery, "FEW_SURE", least)
+        found = [recover(layer).stats for layer in (hidden, seen)]
+        assert [stats["certificate"] for stats in found] == expected
+        assert float(found[0]["chi"] or 0) < recovery.HIDDEN < float(found[1]["chi"] or 0)
+        assert 0.9 < float(found[0]["sure_share"] or 0) < 0.999
+        assert float(found[1]["sure_share"] or 0) < 0.999
+
+
 def test_a_round_that_is_no_better_gives_back_the_weights_it_wrote_over() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 8, generator=generator).to(BF16)
