@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Bytes from which an allocation is the system's (what glibc comes to by itself, and where layers are worked on tile by
 # tile, so that whole layers go back), and of what is kept beside; the names are those of C's malloc.h.
@@ -19,23 +19,23 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
 def keep_temporaries(smaller_than: int = USUAL) -> None:
     """From now on, freed memory of smaller allocations is kept for the next ones. Nothing with another C library."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt if sys.platform == "linux" else None
-    except AttributeError:
-        return
-    if mallopt is not None:
+    if (mallopt := _glibc("mallopt")) is not None:
         mallopt(M_TRIM_THRESHOLD, KEPT)
         mallopt(M_MMAP_THRESHOLD, smaller_than)
         mallopt(M_ARENA_MAX, 1)  # what one thread keeps is for all
 
 
-def trim() -> None:
-    """Give back to the system what is kept."""
-    try:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:  # another C library
-        pass
+def trim() -> bool:
+    """Give back to the system what is kept; False with another C library, where nothing happens."""
+    if (malloc_trim := _glibc("malloc_trim")) is None:
+        return False
+    malloc_trim(0)
+    return True
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    """A function that is glibc's alone."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 @contextlib.contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -167,20 +168,19 @@ def still_open(
     claimed_by_others: list[Task] = []
     of_its_own = random.Random()  # what is worked at when is nobody's result
 
-    def lacking(task: Task) -> dict[str, str]:
-        keys = {name: plan.key(task.draw, task.index, plan.variants[name]) for name in task.variants if name in active}
-        return {name: key for name, key in keys.items() if not store.done(LAYER, key)}
+    @functools.cache
+    def key(draw: Draw, index: int, name: str) -> str:
+        return plan.key(draw, index, plan.variants[name])
 
-    def open_still(task: Task) -> Task:
-        names = tuple(lacking(task))
-        bar.update(len(task.variants) - len(names))
-        return replace(task, variants=names)
+    def lacking(task: Task) -> dict[str, str]:
+        keys = {name: key(task.draw, task.index, name) for name in task.variants if name in active}
+        return {name: named for name, named in keys.items() if not store.done(LAYER, named)}
 
     def look() -> Iterator[tuple[Task, ...]]:
         store.refresh()
         for task in [task for task in claimed_by_others if not lacking(task)]:
             claimed_by_others.remove(task)
-            yield (open_still(task),)
+            yield begun([task])
 
     def elsewhere(task: Task) -> bool:
         return any(map(store.claimed, lacking(task).values()))
@@ -191,11 +191,12 @@ def still_open(
             waiting[-1], waiting[chosen] = waiting[chosen], waiting[-1]
         return waiting.pop()
 
-    def claim(tasks: Iterable[Task]) -> tuple[Task, ...]:
-        still = tuple(open_still(task) for task in tasks)
-        if keys := [key for task in still for key in lacking(task).values()]:
-            store.claim(keys)
-        return still
+    def begun(tasks: Sequence[Task]) -> tuple[Task, ...]:
+        open_ = [lacking(task) for task in tasks]
+        bar.update(sum(len(task.variants) - len(keys) for task, keys in zip(tasks, open_, strict=True)))
+        if any(open_):
+            store.claim(itertools.chain.from_iterable(keys.values() for keys in open_))
+        return tuple(replace(task, variants=tuple(keys)) for task, keys in zip(tasks, open_, strict=True))
 
     for _, group in itertools.groupby(todo, key=lambda task: task.draw):
         waiting = list(group)[::-1]
@@ -209,11 +210,11 @@ def still_open(
             while len(tasks) < most and (place := next(places, None)) is not None:
                 if plan.alike(waiting[place]) == plan.alike(first) and not elsewhere(waiting[place]):
                     tasks.append(waiting.pop(place))
-            yield claim(tasks)
+            yield begun(tasks)
     while claimed_by_others:
         yield from look()
         if claimed_by_others:
-            yield claim([taken(claimed_by_others)])
+            yield begun([taken(claimed_by_others)])
 
 
 def score(plan: Plan, models: ModelJudge, draw: Draw, sharded: bool, *, leave: bool) -> None:

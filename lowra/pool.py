@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import itertools
 import multiprocessing
 import os
 import pickle
@@ -157,12 +156,12 @@ def _parallel(
 
     def fill() -> None:
         while len(pending) < wanted():  # asked anew: taking a task may show that others are at work
-            for task in itertools.islice(waiting, 1):
-                with _signals_blocked():  # a worker may be started
-                    pending.add(executor.submit(_worker, name, sent, task, threads))
-                break
-            else:
+            try:
+                task = next(waiting)
+            except StopIteration:
                 return
+            with _signals_blocked():  # a worker may be started
+                pending.add(executor.submit(_worker, name, sent, task, threads))
 
     executor = _executor(jobs, threads)
     try:

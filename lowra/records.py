@@ -7,7 +7,7 @@ are named by a key, the digest of all that decides their numbers: what is there 
 computed twice counts once. A journal also says what its process is about to do, which others then leave to the last.
 
 Fig. 7's sweep (14 numbers of models x 10 draws x 264 layers x 4 methods = 147,840 records) is one file a process, of
-155 MB in all while journals, of 14 MB as parquet.
+159 MB in all while journals, of 14 MB as parquet.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import platform
 import statistics
 import sys
@@ -32,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowra.allocator import trim
 from lowra.bench.merging import merge
 from lowra.bench.schema import open_dataset, write_dataset
 from lowra.bench.sources import synthetic_table
@@ -148,11 +148,12 @@ def with_peak(work: Callable[[], Any]) -> tuple[Any, int | None]:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
+    if not trim():  # freed memory that the allocator keeps would hide what the run takes
+        return work(), None
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide what the run takes
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak, man 5 proc
         before = status("VmRSS")
-    except (OSError, AttributeError):
+    except OSError:
         return work(), None
     result = work()
     return result, max(status("VmHWM") - before, 0)

@@ -556,9 +556,9 @@ def test_a_round_that_is_no_better_gives_back_the_weights_it_wrote_over() -> Non
     tiles: list[Tile] = [(slice(0, 4), slice(0, 5)), (slice(0, 4), slice(5, 8)), (slice(4, 6), slice(0, 8))]
     for better in (False, True):
         before = Decoded(weight=weight.clone(), certain=certain.clone())
-        now = Decoded(weight=before.weight, certain=before.certain)
+        now = Decoded(weight=before.weight, certain=before.certain, written_over=[])
         for tile in tiles:
-            now.put(tile, other[tile], surer[tile], over=True)
+            now.put(tile, other[tile], surer[tile])
         assert before.weight is not None
         assert before.certain is not None
         assert torch.equal(before.weight, other)

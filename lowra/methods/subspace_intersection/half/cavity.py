@@ -92,7 +92,7 @@ class Decoded:
     predicted: expected share of W on the bit. sure: share of weights known with probability `SURE`. square_error:
     expected mean square of the error, in the units of the cells. slope: of the fit at the new sites, None after the
     last sweep. weight (d, k), the likeliest numbers, as they are and in their own format, and certain (d, k) bool, the
-    sure ones among them, are kept when asked for.
+    sure ones among them, are kept when asked for. written_over: what they replaced of a sweep before, None for nothing.
     """
 
     predicted: float = 0.0
@@ -102,13 +102,13 @@ class Decoded:
     evidence: Evidence = field(default_factory=lambda: Evidence((1.0,)))
     weight: Tensor | None = None
     certain: Tensor | None = None
-    written_over: list[Replaced] = field(default_factory=list)
+    written_over: list[Replaced] | None = None
 
-    def put(self, tile: Tile, number: Tensor, certain: Tensor, *, over: bool) -> None:
-        """Keep what was found in a tile (rows, columns). over: there is something of a sweep before."""
+    def put(self, tile: Tile, number: Tensor, certain: Tensor) -> None:
+        """Keep what was found in a tile (rows, columns)."""
         if self.weight is None or self.certain is None:
             return
-        if over:
+        if self.written_over is not None:
             self.written_over.append(Replaced.by(tile, self.weight[tile], self.certain[tile], number, certain))
         self.weight[tile] = number
         self.certain[tile] = certain
@@ -117,13 +117,13 @@ class Decoded:
         """Give the sweep before its weights back."""
         assert self.weight is not None
         assert self.certain is not None
-        for replaced in self.written_over:
+        for replaced in self.written_over or ():
             replaced.back(self.weight, self.certain)
         self.settle()
 
     def settle(self) -> None:
         """Forget what was written over."""
-        self.written_over.clear()
+        self.written_over = None
 
 
 @dataclass(frozen=True)
@@ -151,18 +151,18 @@ class Sweep:
         found = Decoded()
         question = None if self.cells.held is None else Question.of(self.cells)
         if over is not None:
-            found.weight, found.certain = over.weight, over.certain
+            found.weight, found.certain, found.written_over = over.weight, over.certain, []
         elif keep:
             found.weight = self.cells.stack.new_empty(d, k, dtype=self.cells.kept)
             found.certain = self.cells.stack.new_empty(d, k, dtype=torch.bool)
         by_left = [torch.zeros_like(left) for left in self.factors.left]
 
         def part(strips: list[list[Tile]]) -> tuple[Decoded, list[Tensor], SecondLook | None]:
-            own = Decoded(weight=found.weight, certain=found.certain)
+            own = Decoded(weight=found.weight, certain=found.certain, written_over=None if over is None else [])
             by_right = [torch.zeros_like(right) for right in self.factors.right]
             second = None if self.second is None else self.second.part()
             for tile in chain(*strips):
-                self._tile(tile, own, question, second, by_left, by_right, last, over is not None)
+                self._tile(tile, own, question, second, by_left, by_right, last)
             return own, by_right, second
 
         def taken_in() -> Iterator[list[Tensor]]:
@@ -170,7 +170,8 @@ class Sweep:
                 found.predicted += own.predicted / (d * k)
                 found.sure += own.sure / (d * k)
                 found.square_error += own.square_error / (d * k)
-                found.written_over += own.written_over
+                if found.written_over is not None:
+                    found.written_over += own.written_over or ()
                 if second is not None and self.second is not None:
                     self.second.by_column.add_(second.by_column)
                 yield sums
@@ -201,7 +202,6 @@ class Sweep:
         by_left: list[Tensor],
         by_right: list[Tensor],
         last: bool,
-        over: bool,
     ) -> None:
         cells, sites = self.cells, self.sites
         rows, columns = tile
@@ -226,7 +226,7 @@ class Sweep:
         if cells.held is not None and question is not None:
             question.put(cells.held, tile, target, half, loose, added)
         del rest, shift, bound, loose  # each of them as large as the tile of all models
-        mean, known, site_weight, site_centre = self._decode(tile, target, half, variance, found, second, over)
+        mean, known, site_weight, site_centre = self._decode(tile, target, half, variance, found, second)
         del target
         if last:
             return
@@ -249,7 +249,6 @@ class Sweep:
         variance: Tensor,
         found: Decoded,
         second: SecondLook | None,
-        over: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Posterior mean of W, its variance, and its site: weight, centre; all (rows, columns)."""
         cells = self.cells
@@ -259,7 +258,7 @@ class Sweep:
             precision = half.square().div_(3).add_(variance).reciprocal_()
             total = precision.sum(0)
             what = precision.mul_(target).sum(0).div_(total)
-            found.put(tile, what / cells.scale, torch.zeros_like(what, dtype=torch.bool), over=over)
+            found.put(tile, what / cells.scale, torch.zeros_like(what, dtype=torch.bool))
             return what, torch.full_like(what, math.inf), torch.zeros_like(what), what
         kept = found.weight is not None or second is not None
         near, clear = settled(grid, target, half, variance.sqrt())
@@ -295,7 +294,7 @@ class Sweep:
         if kept:
             number = (best / cells.scale).to(cells.kept)
             certain = clear if sure is None else clear.view(-1).index_copy(0, open_, sure).view(shape)
-            found.put(tile, number, certain, over=over)
+            found.put(tile, number, certain)
             if second is not None:
                 second.compare(tile, number, certain)
         return mean, var, site_weight, site_centre
@@ -328,13 +327,11 @@ class Sweep:
         precision = torch.maximum(precision, inverse * FAINTEST)
         # The step is that of the true curvature: under a clipped one it would overshoot.
         shift = score.div_(deviation).div_(precision)
-        del curvature, deviation
         known_ = usable.float()
         raw = inverse.clamp_(max=self.limit)
         if extra is not None:
             precision = precision / (1 + precision * extra)
             raw = raw / (1 + raw * extra)
         sites.precision[:, *tile] = raw.lerp_(precision.clamp_(max=CEILING * self.limit), known_)
-        del raw, precision
         offset = base.add_(shift).sub_(centre).div_(half).clamp_(-FURTHEST, FURTHEST)
         sites.offset[:, *tile] = offset.mul_(known_)
