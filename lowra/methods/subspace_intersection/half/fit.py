@@ -21,9 +21,10 @@ from lowra.methods.subspace_intersection.half.parts import Tile, each_part, in_p
 from lowra.methods.subspace_intersection.half.preconditioner import Side, shared_precision
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, NARROWEST, Cells, Sites
 
-# A direction j of model i is kept while S_ij^2 theta_i / (d + k) exceeds this: half the smallest size at which the
-# ridge's own estimate of S_ij is stable.
-RELEVANT = 0.5
+# A direction j of model i is kept while S_ij^2 theta_i / (d + k) exceeds this: a fifth of the smallest size at which
+# the ridge's own estimate of S_ij is stable. The next sweep may know more of the numbers that show it: of faint updates
+# of many directions a twentieth of the misses is for want of those between this and a half.
+RELEVANT = 0.2
 
 # Newton steps for the effective variances: from nothing, and from those of the round before.
 COLD, WARM = 12, 3

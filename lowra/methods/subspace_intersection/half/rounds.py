@@ -58,7 +58,7 @@ PRUNE_FROM = 250.0
 # Entries of a layer from which a round takes so long that fetching memory anew is nothing to it.
 LARGE = 2**22
 
-# Nats by which the held-out cells must prefer an earlier round to a later one.
+# Nats by which the held-out cells must prefer one explanation to another.
 SLACK = 0.01
 
 
@@ -101,6 +101,7 @@ def converge(
     good: bool = False,
     calm_rounds: int = 2,
     settling: int = 1,
+    slack: float = SLACK,
     sites: Sites | None = None,
 ) -> Run:
     """Rounds from some factors. good: the start is near the answer, so that the misfit is judged at the clip.
@@ -108,7 +109,8 @@ def converge(
     sites: to begin with, which are overwritten; where nothing was decoded yet, None.
 
     calm_rounds: how many rounds in running that move next to nothing end it. settling: first rounds, in which no
-    direction is pruned, and none of which is the best where it is more than one.
+    direction is pruned, and none of which is the best where it is more than one. slack: nats by which the held-out
+    cells must prefer an earlier round to a later one; infinite, the last one is handed back.
 
     The clip of round t is `clips[t]`, and the last one from there on, but for fine ones as `FEW_OPEN` says; no run ends
     while it rises.
@@ -148,7 +150,7 @@ def converge(
             still = still + 1 if calm else 0
         if t == settling > 1:
             best = None
-        if best is None or decoded.evidence.likelihood > best.likelihood - SLACK:
+        if best is None or decoded.evidence.likelihood > best.likelihood - slack:
             edge = min(float(relevance.min()) for relevance in relevances(factors, variances))
             best = Run(factors, misfit, decoded, t + 1, still >= calm_rounds, edge, variances, sites)
             decoded.settle()
