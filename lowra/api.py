@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowra.methods.base import Method, Observation, Recovery
+from lowra.errors import LowraError
+from lowra.methods.base import Method, Observation, Recovery, as_method
 from lowra.methods.subspace_intersection import SubspaceIntersection
 
 if TYPE_CHECKING:
@@ -39,7 +40,15 @@ def recover_stack(
     >>> found.stats["certificate"], found.stats["ranks"], torch.allclose(found.candidates[0], base, atol=1e-6)
     ('certified', '2,2,2', True)
     """
-    merged = stack if isinstance(stack, Tensor) else torch.stack(tuple(stack))
+    if not isinstance(stack, Tensor):
+        shapes = sorted({tuple(each.shape) for each in stack})
+        if len(shapes) != 1:
+            raise LowraError(f"The matrices have the shapes {shapes or '(none is given)'}; expected n of one shape.")
+    merged = (stack if isinstance(stack, Tensor) else torch.stack(tuple(stack))).detach()
+    if 0 in merged.shape:
+        raise LowraError(f"The stack has shape {tuple(merged.shape)}; expected (n, d, k) with numbers in it.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+        raise LowraError(f"rank is {rank!r}; expected a whole number, or None to let it be found.")
     if storage is None:
         storage = merged.dtype if merged.dtype in (torch.float16, torch.bfloat16) else torch.float32
     merged = merged.float() if merged.is_floating_point() else merged
@@ -71,13 +80,15 @@ def recover_checkpoints(
     Raises LowraError for models that do not fit together, a folder that is not empty, or a full disk. The same call
     continues what an interrupted one left.
     """
-    from lowra.recovery.session import Request, carry_out, make_plan
+    from lowra.recovery.session import Request, carry_out, make_plan, placed
 
+    if isinstance(models, str | PathLike):
+        raise LowraError(f"models is {str(models)!r}; expected a list of folders, files or Hub ids.")
     request = Request(
         models=tuple(str(model) for model in models),
-        output=None if output is None else Path(output),
-        report=None if report is None else Path(report),
-        method=method or SubspaceIntersection(),
+        output=None if output is None else placed(Path(output)),
+        report=None if report is None else placed(Path(report)),
+        method=as_method(method, "method") if method is not None else SubspaceIntersection(),
         rank=rank,
         keep=keep,
         seed=seed,

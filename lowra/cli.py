@@ -6,6 +6,7 @@ Nothing heavy is imported here: `--help` answers at once, and an interrupt is un
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -55,6 +56,7 @@ def command(work: Callable[[DictConfig], Any], config: str = "config") -> None:
 def _in_job(work: Callable[[], Any]) -> Any:
     """Do the work of one job; of several (`-m`), one that fails must not take the others down."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import CompactHydraException
     from hydra.types import RunMode
 
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
@@ -64,9 +66,9 @@ def _in_job(work: Callable[[], Any]) -> Any:
     except SystemExit as error:
         if signals.came():
             raise  # whoever stops a sweep means all of it
-        raise RuntimeError(f"this job ended with exit status {error.code}") from None
+        raise CompactHydraException(f"A job of the sweep ended with exit status {error.code}; see above.") from None
     if getattr(result, "failures", ()):
-        raise RuntimeError("this job ended with exit status 1")
+        raise CompactHydraException("A job of the sweep ended with exit status 1; see above.")
     return result
 
 
@@ -77,7 +79,12 @@ def tell_mistakes(work: Callable[[], Any]) -> Any:
     signal came is its doing.
     """
     try:
-        return work()
+        result = work()
+        sys.stdout.flush()  # here, where it can still be said that it cannot be written
+        return result
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (Exception, KeyboardInterrupt) as error:
         if signals.came() or isinstance(error, KeyboardInterrupt):
             number = signals.came() or signal.SIGINT
@@ -85,6 +92,10 @@ def tell_mistakes(work: Callable[[], Any]) -> Any:
             raise SystemExit(128 + number) from None
         if isinstance(error, LowraError):
             print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
+            print(f"error: Cannot write ({error.strerror}).", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(2) from None
         raise
 
@@ -137,7 +148,9 @@ def _misspelt(error: Exception, config: str, arguments: Sequence[str]) -> LowraE
         return LowraError(f"{text.rstrip('.')}. {cause}".strip())
     from lowra.paths import conf_dir
 
-    choices = [argument for argument in arguments if "." not in argument.partition("=")[0]]
+    places = ("hydra.searchpath", "+hydra.searchpath")
+    keys = {argument: argument.partition("=")[0] for argument in arguments}
+    choices = [argument for argument, name in keys.items() if "." not in name or name in places]
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             whole = hydra.compose(config, overrides=choices)

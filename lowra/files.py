@@ -26,6 +26,10 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise LowraError(f"Cannot write {path} ({error.strerror or error}); choose another folder.") from None
+    except Exception as error:
+        if "os error" not in str(error):  # as libraries in Rust, safetensors among them, tell of a full disk
+            raise
+        raise LowraError(f"Cannot write {path} ({error}); choose another folder.") from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

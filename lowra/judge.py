@@ -33,7 +33,7 @@ from lowra.methods import Method, Observation, Recovery, check_observation, chec
 from lowra.metrics.base import Metric, Scorer
 from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
 from lowra.plan import Plan, Task, Variant, options
-from lowra.records import COORDINATES, LAYER_FIELDS, SCORE, KeptWeights, Store, dumps, key_of, model_digest
+from lowra.records import COORDINATES, LAYER_FIELDS, LAYER_NAME, SCORE, KeptWeights, Store, dumps, key_of, model_digest
 from lowra.reporting import kept
 
 # A recovered weight that waits for a metric is kept on disk where recovering it again takes longer than writing it,
@@ -46,6 +46,10 @@ ONE_THREAD = 2**20
 
 class WroteIntoStack(Exception):
     """A method changed the merged weights it was given."""
+
+
+class ChangedDefaults(Exception):
+    """A method changed what new tensors are in this process."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,8 @@ class LayerJudge:
         watched = [Watched(each.layer.weight) for each in seen]
         observations = [replace(each.observation, watch=watch) for each, watch in zip(seen, watched, strict=True)]
         started = time.perf_counter()
-        recoveries = recover(observations)
+        with _defaults_kept():
+            recoveries = recover(observations)
         if observations[0].merged.is_cuda:
             torch.cuda.synchronize(observations[0].merged.device)
         seconds = time.perf_counter() - started - sum(watch.seconds for watch in watched)
@@ -199,10 +204,10 @@ class LayerJudge:
             "exact_layer": all(error == EXACT for error in errors),
             "candidates": len(errors),
             "seconds": seconds,
-            "status": " ".join(recovery.status.split()),
+            "status": " ".join(_writable(recovery.status).split()),
             "failed": False,
-            "stats": dumps(recovery.stats),
-            "history": dumps(watched.beside(recovery.history)) if recovery.history else None,
+            "stats": dumps(_told(recovery.stats, "stats")),
+            "history": dumps(watched.beside([_step(step) for step in recovery.history])) if recovery.history else None,
         }
 
     def _kept(self, candidate: Tensor, found: Mapping[str, Any]) -> str:
@@ -247,14 +252,13 @@ class Watched:
 
 
 def _failed(error: BaseException, seconds: float) -> dict[str, Any]:
-    message = " ".join(f"{type(error).__name__}: {error}".split())[:500]
     return {
         "w_error": math.nan,
         "exact_fraction": math.nan,
         "exact_layer": False,
         "candidates": 0,
         "seconds": seconds,
-        "status": f"failed: {message}",
+        "status": f"failed: {_said(error)[:500]}",
         "failed": True,
         "stats": "{}",
         "history": None,
@@ -262,14 +266,70 @@ def _failed(error: BaseException, seconds: float) -> dict[str, Any]:
     }
 
 
-def _state(merged: Tensor) -> tuple[tuple[int, ...], int, int]:
-    """What changes when somebody writes into a tensor: its shape, torch's own count of writes, the sum of its bits.
+def _said(error: BaseException) -> str:
+    """A foreign error in one line of text that can be written anywhere."""
+    try:
+        message = str(error)
+    except Exception:
+        message = "(its message cannot be had)"
+    return " ".join(_writable(f"{type(error).__name__}: {message}").split())
 
-    Writes through numpy or `.data` are not counted, but change the sum.
+
+@contextmanager
+def _defaults_kept() -> Iterator[None]:
+    """Raise ChangedDefaults where what runs inside leaves torch another default dtype, which is set back."""
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        after = torch.get_default_dtype()
+        torch.set_default_dtype(before)
+    if after != before:
+        raise ChangedDefaults(f"it set torch's default dtype to {after}, which is everybody's; give dtypes by name")
+
+
+def _told(values: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The checked numbers and texts that a method tells of itself, as they can be written.
+
+    Raises TypeError for a number that no table holds.
+    """
+    for name, value in values.items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise TypeError(f"{what} holds {name!r}: {value}, beyond 64 bits; give a float")
+    return {_writable(name): _writable(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def _step(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step of a method's history; raises ValueError where it says what the table itself does."""
+    if taken := sorted(set(step) & _OF_A_STEP):
+        raise ValueError(f"a step of history holds {taken[0]!r}, a column of the benchmark's own; name it otherwise")
+    return _told(step, "a step of history")
+
+
+def _writable(text: str) -> str:
+    """A text without the halves of characters that no file can hold."""
+    return text.encode(errors="replace").decode()
+
+
+# What the steps of a history stand beside in its table.
+_OF_A_STEP = {*COORDINATES, *LAYER_NAME, "merge_dtype", "merge_order", "knows_rank", "device", "step"}
+
+# Odd numbers that bits are multiplied by, each place by its own.
+_PLACES = torch.randint(2**62, (2**16,), generator=torch.Generator().manual_seed(0)).mul_(2).add_(1)
+
+
+def _state(merged: Tensor) -> tuple[tuple[int, ...], int, int]:
+    """What changes when somebody writes into a tensor: its shape, torch's own count of writes, a hash of its bits.
+
+    Writes through numpy or `.data` are not counted, but change the hash, also where they only put numbers elsewhere.
     """
     version = 0 if merged.is_inference() else merged._version
     bits = torch.int64 if merged.element_size() * merged.shape[-1] % 8 == 0 else torch.int32  # fewer, wider numbers
-    return tuple(merged.shape), version, int(merged.view(bits).sum(dtype=torch.int64))
+    places, found = _PLACES.to(merged.device), 0
+    for part in merged.view(bits).flatten().split(len(places)):
+        product = part * places[: len(part)]
+        found = hash((found, int(product.bitwise_xor_(product >> 29).sum())))  # as the top bit alone is in no other
+    return tuple(merged.shape), version, found
 
 
 def weight_digest(weight: Tensor) -> str:
@@ -431,8 +491,7 @@ class ModelJudge:
         except LowraError:
             raise
         except (Exception, SystemExit) as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            self._problem(f"Metric {metric!r} failed on {variant.label}: {text}")
+            self._problem(f"Metric {metric!r} failed on {variant.label}: {_said(error)}")
             return
         settings = self._settings(metric)
         self.store.append(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import json
 import platform
 import re
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import lowra
@@ -281,6 +283,11 @@ def check_merge(cfg: DictConfig) -> None:
     merge_dtype(cfg.merge.dtype)
     if cfg.merge.order not in ORDERS:
         raise unknown("merge.order", cfg.merge.order, ORDERS)
+    if cfg.merge.order == "twice" and cfg.merge.dtype == "float32":
+        raise LowraError(
+            "merge.order=twice rounds each update before it is added, and float32 merges round nothing; choose "
+            "merge.dtype=bfloat16 or float16 too, or merge.order=once."
+        )
 
 
 def check_device(name: Any) -> torch.device:
@@ -349,7 +356,7 @@ def make_variants(cfg: DictConfig) -> dict[str, Variant]:
     made = {}
     for name, node in cfg.methods.items():
         full = _like(cfg, str(name), node)
-        method = as_method(make(full, "method", str(name)), str(name))
+        method = _method(full, str(name))
         if method.needs_rank and not cfg.knows_rank:
             raise LowraError(
                 f"Method {name!r} needs the LoRA rank, which knows_rank=false withholds; drop one of them."
@@ -357,21 +364,51 @@ def make_variants(cfg: DictConfig) -> dict[str, Variant]:
         own = options(full)
         module = module_of(getattr(method, "function", getattr(method, "target", method)))
         key = digest(json.dumps([full["_target_"], own, code_digest(module)], sort_keys=True, default=str))
-        shipped = _shipped(cfg, str(full["_target_"]))
-        differing = {k: v for k, v in own.items() if shipped is not None and shipped.get(k) != v}
+        usual = _usual(cfg, str(full["_target_"]))
+        differing = {k: v for k, v in own.items() if k not in usual or usual[k] != v}
         made[str(name)] = Variant(str(name), method, _labelled(method.pretty, differing), own, key)
     return _told_apart(made)
 
 
-def _like(cfg: DictConfig, name: str, node: DictConfig) -> DictConfig:
-    """A method's config, what it inherits from the one it is `like` filled in."""
+def _method(node: DictConfig, name: str) -> Method:
+    """What a config makes, as a method; raises LowraError for what is none, and for code that changes what torch does.
+
+    Merges, true weights and every other method would be of another precision.
+    """
+    before = torch.get_default_dtype()
+    try:
+        method = as_method(make(node, "method", name), name)
+    except ValueError as error:  # functions of C without a signature
+        raise LowraError(
+            f"Method {name!r}: {error}. Give a function of your own, `def mine(stack): ...`, that calls it."
+        ) from None
+    finally:
+        after = torch.get_default_dtype()
+        torch.set_default_dtype(before)
+    if after != before:
+        raise LowraError(
+            f"Method {name!r}: importing {node['_target_']} sets torch's default dtype to {after}, for everybody; give "
+            "dtypes by name where tensors are made."
+        )
+    for key in ("pretty", "reference"):
+        if not isinstance(value := getattr(method, key), str):
+            raise LowraError(f"Method {name!r}: {key} is a {type(value).__name__}; expected a text.")
+    return method
+
+
+def _like(cfg: DictConfig, name: str, node: DictConfig, seen: tuple[str, ...] = ()) -> DictConfig:
+    """A method's config, what it inherits from the one it is `like` filled in. seen: those that are like it."""
     if "like" not in node:
         return node
+    if not isinstance(node.like, str):
+        raise LowraError(f"methods.{name}.like is {node.like!r}; expected the name of a method.")
+    if name in seen:
+        raise LowraError(f"Methods {', '.join(map(repr, seen))} are like each other in a circle; give one a _target_.")
     base = None if node.like == name else cfg.methods.get(node.like)
     base = base or _shipped_node(cfg, str(node.like))
     if base is None:
         raise unknown("method", node.like, [p.stem for p in (conf_dir() / "methods").glob("*.yaml")])
-    base = _like(cfg, str(node.like), base)
+    base = _like(cfg, str(node.like), base, seen if node.like == name else (*seen, name))
     own, inherited = _plain(node), _plain(base)
     del own["like"]
     if strange := sorted(set(own) - set(inherited)):
@@ -405,11 +442,28 @@ def options(node: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in _plain(node).items() if not key.startswith("_")}
 
 
-def _shipped(cfg: DictConfig, target: str) -> dict[str, Any] | None:
-    """The options that the shipped config of a target has by default, None where there is no such config."""
+def _usual(cfg: DictConfig, target: str) -> dict[str, Any]:
+    """The options that a target has where nobody says otherwise: those of its shipped config, or else its own."""
     name = _shipped_targets(conf_dir() / "methods").get(target)
-    node = _shipped_node(cfg, name) if name else None
-    return None if node is None else options(node)
+    if name is None:
+        return _own_defaults(target)
+    # As the subset is shipped: `subset.steps` on the command line is an option that differs, too.
+    path = conf_dir() / "subset" / f"{cfg.subset.name}.yaml"
+    if path.is_file():
+        cfg = copy.deepcopy(cfg)
+        OmegaConf.set_struct(cfg, False)
+        cfg.subset.update({key: value for key, value in _loaded(path).items() if key != "defaults"})
+    node = _shipped_node(cfg, name)
+    return {} if node is None else options(node)
+
+
+def _own_defaults(target: str) -> dict[str, Any]:
+    """The defaults in the signature of a class or a function."""
+    try:
+        parameters = inspect.signature(get_object(target)).parameters
+    except (ValueError, TypeError):
+        return {}
+    return {name: each.default for name, each in parameters.items() if each.default is not each.empty}
 
 
 @functools.cache

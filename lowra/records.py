@@ -13,10 +13,12 @@ Fig. 7's sweep (14 numbers of models x 10 draws x 264 layers x 4 methods = 147,8
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -127,7 +129,7 @@ def _plain(value: Any) -> Any:
 
 
 def _back(pairs: dict[str, Any]) -> Any:
-    return float(pairs["float"]) if pairs.keys() == {"float"} else pairs
+    return float(pairs["float"]) if pairs.keys() == {"float"} and pairs["float"] in ("nan", "inf", "-inf") else pairs
 
 
 # ---- One folder -------------------------------------------------------------------------------------------------
@@ -151,6 +153,7 @@ class Store:
         self._records: dict[tuple[str, str], dict[str, Any]] = {}
         self._offsets: dict[str, int] = {}
         self._claims: dict[str, set[str]] = {}  # journal: keys
+        self._strange: set[str] = set()  # names in `records/` that are no files
         self._journal: Path | None = None
         self._mine: list[dict[str, Any]] = []
         self._context = ""
@@ -169,7 +172,7 @@ class Store:
         for _ in range(3):  # a journal that vanishes while we look has become a parquet file
             try:
                 names = sorted(os.listdir(self.place))
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return
             for ended in self._claims.keys() - set(names):
                 del self._claims[ended]
@@ -180,16 +183,22 @@ class Store:
     def _read(self, name: str) -> bool:
         """Read what is new in one file; False if it has vanished."""
         path = self.place / name
+        if name.startswith(".") or not name.endswith((".jsonl", ".parquet")) or name in self._strange:
+            return True
         try:
-            if name.endswith(".jsonl") and not name.startswith(".") and path != self._journal:
+            if name not in self._offsets and not stat.S_ISREG(path.stat().st_mode):  # a pipe would wait for ever
+                raise OSError(errno.EINVAL, "not a file")
+            if name.endswith(".jsonl") and path != self._journal:
                 self._read_journal(path)
-            elif name.endswith(".parquet") and not name.startswith(".") and name not in self._offsets:
+            elif name.endswith(".parquet") and name not in self._offsets:
                 self._read_parquet(path)
                 self._offsets[name] = 0
         except FileNotFoundError:
             return False
-        except PermissionError as error:
+        except OSError as error:
             self._damage(f"{path} ({error.strerror})")
+            if not isinstance(error, PermissionError):
+                self._strange.add(name)
         return True
 
     def _read_journal(self, path: Path) -> None:
@@ -208,12 +217,12 @@ class Store:
                     raise ValueError("checksum")
                 entry = loads(text)
                 if "define" in entry:
-                    self.contexts[str(entry["define"])] = dict(entry["value"])
+                    self.contexts[str(entry["define"])] = _context(entry["value"])
                 elif "claim" in entry:
                     self._claims.setdefault(path.name, set()).update(map(str, entry["claim"]))
                 else:
                     self._take(_whole(entry))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 self._damage(f"{path}, line {number + 1} of those from byte {start}")
 
     def _read_parquet(self, path: Path) -> None:
@@ -222,15 +231,20 @@ class Store:
 
         try:
             table = pq.read_table(path, partitioning=None)
-            contexts = loads((table.schema.metadata or {})[b"lowra.contexts"])
-            rows = table.to_pylist()
-            for row in rows:
-                self._take(_whole(row))
-            self.contexts.update({str(name): dict(value) for name, value in contexts.items()})
+            metadata = table.schema.metadata or {}
+            if int(metadata[b"lowra.format"]) > FORMAT:
+                raise ValueError("written by a later version of lowra")
+            contexts = {str(name): _context(value) for name, value in loads(metadata[b"lowra.contexts"]).items()}
+            rows = [_whole(row) for row in table.to_pylist()]
         except (FileNotFoundError, PermissionError):
             raise
-        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-            self._damage(f"{path} ({type(error).__name__})")
+        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            why = f": {error}" if type(error) is ValueError else ""
+            self._damage(f"{path} ({type(error).__name__}{why})")
+            return
+        for row in rows:
+            self._take(row)
+        self.contexts.update(contexts)
 
     def _damage(self, what: str) -> None:
         self.damaged.append(what)
@@ -388,16 +402,46 @@ def _order(record: Mapping[str, Any]) -> tuple[bool, str, str]:
     return bool(record.get("failed")), str(record["finished"]), str(record["context"])
 
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "int64": (int,),
+    "double": (float, int),
+    "bool": (bool,),
+    "list": (list,),
+    "list_string": (list,),
+}
+_CHECKED = {kind: [(name, _TYPES[type_]) for name, type_ in fields.items()] for kind, fields in _OF_KIND.items()}
+
+# What a record cannot do without: tables are sorted and joined by it.
+_NEEDED = {
+    LAYER: (*FIELDS, *COORDINATES, "pretty", "merge_dtype", "merge_order", "knows_rank", *LAYER_NAME),
+    SCORE: (*FIELDS, "metric", "heading", "column", "settings", "values", "base", "inputs"),
+}
+
+
 def _whole(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record with all the fields of its kind. Raises KeyError or ValueError for one that is none."""
-    fields = _OF_KIND[record["kind"]]
-    if not all(isinstance(record[name], str) for name in FIELDS):
-        raise ValueError("a record's key, context and time are text")
-    whole = {name: record.get(name) for name in fields}
+    kind = record["kind"]
+    whole = {}
+    for name, types in _CHECKED[kind]:
+        whole[name] = value = record.get(name)
+        if value is not None and not isinstance(value, types):
+            raise ValueError(f"{name} is a {type(value).__name__}")
     for name in ("models", "weights"):
         if name in whole:
             whole[name] = list(whole[name] or ())
+    if lacking := [name for name in _NEEDED[kind] if whole[name] is None]:
+        raise ValueError(f"no {lacking[0]}")
     return whole
+
+
+def _context(value: Any) -> dict[str, Any]:
+    """What is known of a process. Raises ValueError or TypeError for anything else."""
+    context = dict(value)
+    for name in ("config", "versions", "machine"):
+        if not isinstance(context.get(name, {}), Mapping):
+            raise ValueError(f"{name} is a {type(context[name]).__name__}")
+    return context
 
 
 def write_records(records: Sequence[Mapping[str, Any]], contexts: Mapping[str, Any], path: Path) -> None:

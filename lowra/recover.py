@@ -49,6 +49,8 @@ def recover(cfg: DictConfig) -> None:
         sure=_truth(cfg.sure, "sure"),
         command=shlex.join(["python", "-m", "lowra.recover", *sys.argv[1:]]),
     )
+    if dry or (request.output is None and request.report is None):
+        signals.nothing_kept()
     plan = make_plan(request, say=_say)
     if dry:
         print(foresee(plan))
@@ -67,15 +69,18 @@ def _say(line: str) -> None:
 def _names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, ListConfig) or not all(isinstance(name, str) and name for name in value):
         raise LowraError(f"models={value}: expected a list of folders, files or Hub ids, models='[A,B,C]'.")
-    return tuple(value)
+    return tuple(str(Path(name).expanduser()) if name.startswith("~") else name for name in value)
 
 
 def _folder(value: Any, what: str) -> Path | None:
     if value is None:
         return None
     if not isinstance(value, str) or not value:
-        raise LowraError(f"{what}={value}: expected a folder's name, or null.")
-    return Path(value).expanduser()
+        quoted = f"; in quotes where it is a number, {what}=\"'{value}'\"" if isinstance(value, int | float) else ""
+        raise LowraError(f"{what}={value}: expected a folder's name, or null{quoted}.")
+    from lowra.recovery.session import placed
+
+    return placed(Path(value).expanduser())
 
 
 def _integer(value: Any, what: str, *, optional: bool = False) -> int | None:

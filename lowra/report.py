@@ -103,6 +103,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if bool(arguments.folders) == bool(arguments.verify):
         parser.error("give FOLDERs to report, or --verify FOLDER")
+    wanted = {"--summary": arguments.summary, "--to": arguments.to, "--page": arguments.page}
+    asked = [option for option, value in wanted.items() if value]
+    if len(asked) > 1:
+        parser.error(f"{' and '.join(asked)} are reports of their own; ask for one at a time")
+    if arguments.set and not arguments.verify:
+        parser.error("--set goes with --verify")
+    if arguments.verify and asked:
+        parser.error(f"--verify is a check of its own; leave {asked[0]} out")
+    if arguments.page is not None and (not arguments.page.name or arguments.page.is_dir()):
+        parser.error(f"--page is {str(arguments.page)!r}; expected the name of a file to write, such as page.html")
     signals.leave()
     tell_mistakes(lambda: work(arguments))
 

@@ -6,18 +6,28 @@ What needs torch to be judged is checked when the run is planned.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lowra.errors import LowraError
 
 MAX_TRIALS = 10_000  # more draws than any table needs; a slip of the finger would list for hours
 
+# What every run reads, and a command line can take out.
+NEEDED = ("n_loras", "jobs", "shard", "layers", "note", "device", "subset.name", "source.name")
+NEEDED_OF_MERGE = ("dtype", "order", "foreign")
+
 
 def check_settings(cfg: DictConfig) -> None:
     """Raise LowraError for settings that cannot work, before anything is built, fetched or written."""
+    if missing := next(_missing(OmegaConf.to_container(cfg, resolve=False)), None):
+        raise LowraError(f"{missing} has no value ({MISSING}); give it one.")
+    for key in (*NEEDED, *(f"merge.{key}" for key in NEEDED_OF_MERGE if isinstance(cfg.get("merge"), DictConfig))):
+        if OmegaConf.select(cfg, key, default=MISSING) == MISSING:
+            raise LowraError(f"{key} was taken out of the configuration (~{key}); it is needed.")
     for key, kind, name in (
         ("trials", int, "a whole number"),
         ("seed", int, "a whole number"),
@@ -29,6 +39,12 @@ def check_settings(cfg: DictConfig) -> None:
         value = _value(cfg, key)
         if type(value) is not kind or value == "":
             raise LowraError(f"{key} is {value!r}; expected {name}.")
+    if not -(2**63) <= cfg.seed < 2**63:
+        raise LowraError(f"seed is {cfg.seed}; expected a whole number of at most 64 bits.")
+    for key in ("subset.name", "source.name"):  # folders are named by them
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, str) or not re.fullmatch(r"[^/\\\0]+", value) or value.startswith("."):
+            raise LowraError(f"{key} is {value!r}; expected a name, without slashes, that does not begin with a dot.")
     for key in ("layers", "note", "shard"):
         if cfg[key] is not None and not isinstance(cfg[key], str):
             raise LowraError(f"{key} is {cfg[key]!r}; expected text in quotes, or null.")
@@ -68,6 +84,15 @@ def check_settings(cfg: DictConfig) -> None:
             re.compile(cfg.layers)
         except re.error as error:
             raise LowraError(f"layers={cfg.layers!r} is no regular expression: {error}.") from None
+
+
+def _missing(node: Any, place: str = "") -> Iterator[str]:
+    """Where a configuration says ???; nothing in it is worked out."""
+    if node == MISSING:
+        yield place
+    inside = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in inside:
+        yield from _missing(value, f"{place}.{key}" if place else str(key))
 
 
 def _value(cfg: DictConfig, key: str) -> Any:

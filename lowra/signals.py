@@ -9,6 +9,7 @@ from typing import Any
 
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 _came: list[int] = []
+_continued = [True]  # empty where a command that is stopped has to begin anew
 
 
 class Stopped(KeyboardInterrupt):
@@ -39,10 +40,16 @@ def came() -> int | None:
     return _came[0] if _came else None
 
 
+def nothing_kept() -> None:
+    """From now on the program makes what it keeps at its end only: no command continues it."""
+    _continued.clear()
+
+
 def sentence(number: int) -> str:
     """What the user is told."""
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
-    return f"\nstopped{by}; the same command continues where this one stopped."
+    then = "the same command continues where this one stopped" if _continued else "nothing is written"
+    return f"\nstopped{by}; {then}."
 
 
 def _leave(number: int, frame: Any) -> None:

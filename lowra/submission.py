@@ -55,8 +55,9 @@ def submit(settings: Sequence[str], tracks: Sequence[str], subsets: Sequence[str
     """Run one method on some tracks of some subsets and write its entry; returns the entry's folder.
 
     settings: as for `lowra.run`, with `methods=` naming the one method. The default folder is
-    `results/leaderboard/<method>`. Raises LowraError for a method that breaks its contract (nothing is run then), fails
-    on a layer, or can enter none of the tracks.
+    `results/leaderboard/<method>`; an entry there is replaced once the new one is whole. Raises LowraError for a folder
+    that holds anything else, and for a method that breaks its contract (nothing is run then), fails on a layer, or can
+    enter none of the tracks.
     """
     first = _compose([*settings, "metrics=[]"])
     if len(first.methods) != 1:
@@ -68,6 +69,8 @@ def submit(settings: Sequence[str], tracks: Sequence[str], subsets: Sequence[str
     except AssertionError as error:
         raise LowraError(f"Method {name!r} does not keep the contract: {error}") from None
     folder = to or Path("results") / "leaderboard" / slug(name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        _entry(folder)
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folders = []
@@ -86,26 +89,34 @@ def submit(settings: Sequence[str], tracks: Sequence[str], subsets: Sequence[str
                 runs.append({"track": track, "subset": subset, "source": str(cfg.source.name)} | asked)
         if not folders:
             raise LowraError(f"{variant.label} can enter none of the tracks {', '.join(tracks)}.")
-        records = read(folders)
-        if (folder / "entry.json").exists():
-            shutil.rmtree(folder)
-        export(records, folders, folder)
-    node = OmegaConf.to_container(first.methods[name], resolve=True)
-    module = module_of(getattr(variant.method, "function", variant.method))
-    entry = {
-        "format": FORMAT,
-        "name": name,
-        "label": variant.label,
-        "reference": variant.method.reference,
-        "method": node,
-        "variant": variant.key,
-        "code": code_digest(module),
-        "files": _keep_code(module, folder / "code"),
-        "runs": runs,
-    }
+        made = Path(scratch) / "entry"
+        export(read(folders), folders, made)
+        node = OmegaConf.to_container(first.methods[name], resolve=True)
+        module = module_of(getattr(variant.method, "function", variant.method))
+        entry = {
+            "format": FORMAT,
+            "name": name,
+            "label": variant.label,
+            "reference": variant.method.reference,
+            "method": node,
+            "variant": variant.key,
+            "code": code_digest(module),
+            "files": _keep_code(module, made / "code"),
+            "runs": runs,
+        }
+        _put(made, folder)
     write_text(folder / "entry.json", json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
     print(reporting.write(read([folder]), folder))
     return folder
+
+
+def _put(made: Path, folder: Path) -> None:
+    """Put what was made into an entry's folder in place of what is there; it is no entry until `entry.json` is new."""
+    (folder / "entry.json").unlink(missing_ok=True)
+    for name in ("records", "code"):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+    shutil.copytree(made, folder, dirs_exist_ok=True)
 
 
 def _keep_code(module: str, to: Path) -> list[str]:

@@ -40,6 +40,7 @@ def work(arguments: argparse.Namespace) -> None:
     from lowra.submission import submit
 
     signals.stop()
+    signals.nothing_kept()
     chosen = {}
     for kind, known in (("tracks", TRACKS), ("subsets", SUBSETS)):
         chosen[kind] = [name for name in str(getattr(arguments, kind)).split(",") if name]

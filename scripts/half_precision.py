@@ -9,7 +9,7 @@
 Layers d x k of W ~ N(0, 0.02^2) on the grid, updates of rank r with singular values from 1 down to `decay`, scaled to a
 signal mu = rms(M) / rms(ulp(W)). rho = r (d + k) / (d k) is the number of unknowns of an update over its equations.
 Ranks are not told, unless to Spectral DeTuning, which needs them. Beside the methods stand two bounds that know what
-nobody does: `from the truth` is ours begun at the true updates, of the true ranks (the first seeds); `updates known` is
+nobody does: `from the truth` is where ours comes to rest from the true updates (the first seeds); `updates known` is
 the share that anybody could have who knows them exactly. Groups:
 
     phase        exact share over mu and rho, n = 3, beside the vote, the mean, Spectral DeTuning and the weighted fit

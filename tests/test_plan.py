@@ -26,6 +26,15 @@ MISTAKES = [
     ("trials=many", "trials is 'many'; expected a whole number"),
     ("trials=null", "trials is None; expected a whole number"),
     ("seed=1.5", r"seed is 1\.5; expected a whole number"),
+    ("seed=99999999999999999999", "expected a whole number of at most 64 bits"),
+    ("subset.name=5", r"subset\.name is 5; expected a name"),
+    ("source.name=../x", r"source\.name is '\.\./x'; expected a name, without slashes"),
+    ("device=???", r"device has no value \(\?\?\?\)"),
+    ("~merge.dtype", r"merge\.dtype was taken out"),
+    ("merge.order=twice", "float32 merges round nothing"),
+    ("+methods.a={like:b} +methods.b={like:a}", "are like each other in a circle"),
+    ("+methods.a={like:null}", r"methods\.a\.like is None"),
+    ("+methods.a={_target_:torch.median,_partial_:true}", "no signature found for builtin"),
     ("knows_rank=5", "knows_rank is 5; expected true or false"),
     ("methods=[]", "methods is empty"),
     ("+methods.my=5", r"methods\.my is 5; expected a config with _target_"),
@@ -111,7 +120,7 @@ def test_the_hub_out_of_reach(configure: Configure) -> None:
         pipeline.run(configure("subset=vit", "source=published", "metrics=[]", "methods=[mean_lora]"))
 
 
-@pytest.mark.parametrize("seed", [0, 7, -3, 2**40, 2**70])
+@pytest.mark.parametrize("seed", [0, 7, -3, 2**40, -(2**63), 2**63 - 1])
 def test_any_seed_serves(custom: Configure, seed: int) -> None:
     made = plan.prepare(custom(f"seed={seed}"))
     seeds = {made.seed(draw, index) for draw in made.draws for index in made.layers}

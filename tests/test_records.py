@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from lowra.errors import LowraError
-from lowra.records import LAYER, SCORE, Store, dumps, loads, model_digest, read, trials
+from lowra.records import LAYER, SCORE, Store, dumps, loads, model_digest, read, trials, write_records
 
 
 def layer(key: str, **fields: Any) -> dict[str, Any]:
@@ -199,6 +201,10 @@ DAMAGE = {
     "no_record.jsonl": b"%08x {}\n" % zlib.crc32(b"{}"),
     "kind.jsonl": b'%08x {"kind":"x"}\n' % zlib.crc32(b'{"kind":"x"}'),
     "claim.jsonl": b'%08x {"claim":3}\n' % zlib.crc32(b'{"claim":3}'),
+    "deep.jsonl": b"%08x %s\n" % (zlib.crc32(b"[" * 100_000), b"[" * 100_000),
+    "config.jsonl": b'%08x {"define":"b","value":{"config":5}}\n' % zlib.crc32(b'{"define":"b","value":{"config":5}}'),
+    "bare.jsonl": b'%08x {"kind":"layer","key":"k","context":"c","finished":"2026"}\n'
+    % zlib.crc32(b'{"kind":"layer","key":"k","context":"c","finished":"2026"}'),
     "cut.parquet": b"PAR1",
     "empty.parquet": b"",
     ".hidden.jsonl": b"noise\n",
@@ -220,6 +226,41 @@ def test_damaged_files_are_left_out_and_block_nobody(
     if name not in ("empty.jsonl", ".hidden.jsonl", "else.txt"):
         assert "damaged" in capsys.readouterr().err
         assert "left out" in read([tmp_path]).notes[0]
+
+
+def test_what_is_no_file_is_left_out_and_waited_for_by_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = opened(tmp_path)
+    store.append(layer("a"))
+    place = tmp_path / "records"
+    (place / "x.jsonl").mkdir()
+    (place / "y.parquet").mkdir()
+    (place / "z.jsonl").symlink_to("z.jsonl")
+    os.mkfifo(place / "pipe.jsonl")
+    again = opened(tmp_path)
+    again.refresh()
+    assert [record["key"] for record in again.all(LAYER)] == ["a"]
+    assert len(again.damaged) == 4  # each told once
+    assert capsys.readouterr().err.count("left out, damaged") == 4
+
+
+def test_records_of_a_later_version_or_of_other_types_are_left_out(tmp_path: Path) -> None:
+    whole = {**layer("a"), "context": "c", "finished": "2026"}
+    write_records([whole], {"c": {}}, tmp_path / "records" / "one.parquet")
+    assert [record["key"] for record in opened(tmp_path).all(LAYER)] == ["a"]
+    table = pq.read_table(tmp_path / "records" / "one.parquet", partitioning=None)
+    text = table.set_column(table.schema.get_field_index("w_error"), "w_error", pa.array(["small"]))
+    for number, made in enumerate((text, table.drop_columns(["label"]))):
+        folder = tmp_path / str(number) / "records"
+        folder.mkdir(parents=True)
+        pq.write_table(made, folder / "one.parquet")
+        assert "ValueError" in opened(folder.parent).damaged[0]
+    later = tmp_path / "later" / "records"
+    later.mkdir(parents=True)
+    metadata = {**table.schema.metadata, b"lowra.format": b"99"}
+    pq.write_table(table.replace_schema_metadata(metadata), later / "one.parquet")
+    assert "a later version of lowra" in opened(later.parent).damaged[0]
 
 
 def test_a_flipped_bit_is_seen(tmp_path: Path) -> None:

@@ -356,6 +356,14 @@ BAD = {
     "stack.mul_(0); return Recovery(stack.mean(0, keepdim=True))": "it wrote into observation.merged",
     "stack.numpy()[:] = 0; return Recovery(stack.mean(0, keepdim=True))": "it wrote into observation.merged",
     "stack.resize_(1); return Recovery(stack)": "ValueError",
+    # Permutations change neither the sum of the bits nor torch's count of writes.
+    "stack.numpy().sort(axis=0); return Recovery(stack[:1].clone())": "it wrote into observation.merged",
+    "a = stack.numpy(); a[[0, 1]] = a[[1, 0]]; return Recovery(stack[:1].clone())": "it wrote into observation.merged",
+    "torch.set_default_dtype(torch.float64); return Recovery(stack[:1])": "it set torch's default dtype",
+    "torch.set_default_dtype(torch.float64); raise ValueError('so')": "ValueError: so",
+    "return Recovery(stack[:1], stats={'x': 10**30})": "00000, beyond 64 bits; give a float",
+    "return Recovery(stack[:1], history=[{'models': 3}])": "holds 'models', a column of the benchmark's own",
+    "raise ValueError('a half \\udcff')": "ValueError: a half ?",
 }
 
 

@@ -136,6 +136,26 @@ def test_better_numbers_than_come_out_again_are_refused(entry: tuple[Path, list[
         verify(folder, where, 0)
 
 
+def test_a_folder_of_something_else_is_left_alone(settings: list[str], tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "entry.json").write_text("{}")
+    (place / "thesis.txt").write_text("precious")
+    with pytest.raises(LowraError, match="is no entry to the leaderboard"):
+        submit(settings, ["paper"], ["vit"], place)
+    assert {path.name for path in place.iterdir()} == {"entry.json", "thesis.txt"}
+
+
+def test_an_entry_is_replaced_and_what_lies_beside_it_kept(entry: tuple[Path, list[str]], settings: list[str]) -> None:
+    folder, _ = entry
+    (folder / "notes.txt").write_text("mine")
+    (folder / "code" / "old.py").write_text("")
+    assert submit(settings, ["paper"], ["vit"], folder) == folder
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "code" / "old.py").exists()
+    assert [run["track"] for run in json.loads((folder / "entry.json").read_text())["runs"]] == ["paper"]
+
+
 def test_what_is_no_entry_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(LowraError, match="is no entry to the leaderboard"):
         verify(tmp_path)

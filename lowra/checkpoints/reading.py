@@ -527,7 +527,9 @@ def other_files(checkpoint: Checkpoint) -> Sequence[Path]:
     for path in sorted(checkpoint.place.rglob("*")):
         inside = path.relative_to(checkpoint.place)
         hidden = any(part.startswith((".", "checkpoint-")) for part in inside.parts)
-        if path.is_file() and not hidden and path.suffix not in _WEIGHT_SUFFIXES and ".index" not in path.name:
+        weights = path.suffix in _WEIGHT_SUFFIXES or ".index" in path.name
+        # An adapter's configuration beside whole weights: libraries would look for the adapter, which is not copied.
+        if path.is_file() and not hidden and not weights and path.name != "adapter_config.json":
             kept.append(inside)
     return kept
 

@@ -71,6 +71,10 @@ class Slot:
         return total
 
 
+# What a full disk, a quota or a file too large for its disk is to libraries that raise errors of their own.
+_FULL = tuple(f"os error {number}" for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
 class SpaceTold:
     """Turn a full disk into a sentence; everything finished so far stays."""
 
@@ -81,7 +85,8 @@ class SpaceTold:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or (isinstance(error, Exception) and any(sign in str(error) for sign in _FULL)):
             raise LowraError(
                 f"The disk is full ({self.path.parent}). What is finished is kept: make room and give the same command "
                 "again."
@@ -145,18 +150,19 @@ def _stands(path: Path, head: bytes, size: int) -> bool:
 class Workshop:
     """A folder in the making: `OUT.partial`, its journal of finished pieces, and the renaming at the end.
 
-    folder: the final name. key: identifies the command; a journal of another command is not continued. One process owns
-    it at a time (its workers write tensors for it). Raises LowraError when OUT holds something else, when OUT.partial
-    is another command's, or when another process works on it now.
+    folder: the final name. key: identifies the command; a journal of another command is not continued. scratch: folders
+    in it that are no part of the result. One process owns it at a time (its workers write tensors for it). Raises
+    LowraError when OUT holds something else, when OUT.partial is another command's, or when another process works on it
+    now.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self.key = folder, key
+    def __init__(self, folder: Path, key: str, scratch: Sequence[str] = ()) -> None:
+        self.folder, self.key, self.scratch = folder, key, tuple(scratch)
         self.partial = folder.with_name(folder.name + ".partial")
         self.records: dict[str, dict[str, Any]] = {}
         self.finished = self._is_finished()
         if self.finished:
-            (folder / JOURNAL).unlink(missing_ok=True)
+            self._clean()
             return
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise LowraError(f"output={folder} is not empty; name a new folder, or empty this one.")
@@ -233,21 +239,26 @@ class Workshop:
             make(temporary)
             os.replace(temporary, path)
 
-    def finish(self, scratch: Sequence[str] = ()) -> None:
-        """Give the complete folder its name. scratch: folders in it that are no part of the result."""
-        for name in scratch:
-            shutil.rmtree(self.partial / name, ignore_errors=True)
+    def finish(self) -> None:
+        """Give the complete folder its name. What is no part of it is kept until then, for a run after a kill."""
         for path in sorted(self.partial.rglob(".*")):
             if path.is_file() and path.name != JOURNAL:
                 path.unlink()  # a temporary of a killed run
         for path in self.partial.rglob("*.safetensors"):
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            if path.is_file() and path.relative_to(self.partial).parts[0] not in self.scratch:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         if self.folder.exists():
             self.folder.rmdir()
         os.replace(self.partial, self.folder)
-        (self.folder / JOURNAL).unlink()
+        self._clean()
         self._journal.close()
+
+    def _clean(self) -> None:
+        """Take what is no part of the result out of the finished folder."""
+        for name in self.scratch:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / JOURNAL).unlink(missing_ok=True)
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowra.checkpoints.matching import Match
 from lowra.checkpoints.reading import Checkpoint, StoredState, TensorInfo
-from lowra.checkpoints.writing import Entry, create_shard
+from lowra.checkpoints.writing import Entry, SpaceTold, create_shard
 from lowra.methods.subspace_intersection.noise import joined, rounding_noise, stored_as
 from lowra.methods.subspace_intersection.ranges import OVERSAMPLING, Difference, row_space, triplets
 from lowra.recovery.tensors import Sources, view_of
@@ -66,7 +66,9 @@ def keep_factors(folder: Path, match: Match, factors: Mapping[str, Tensor]) -> N
     """Keep a tensor's factors until the adapters are put together."""
     if factors:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(factors), scratch_file(folder, match.label))
+        place = scratch_file(folder, match.label)
+        with SpaceTold(place):
+            save_file(dict(factors), place)
 
 
 def write_adapters(
@@ -93,10 +95,17 @@ def write_adapters(
 
 
 def adapter_names(models: Sequence[Checkpoint], used: Sequence[int]) -> dict[int, str]:
-    """A folder name per model: its own folder's, with its number where two are called alike."""
-    plain = {i: models[i].place.resolve().name or f"model_{i}" for i in used}
-    doubled = {name for name in plain.values() if list(plain.values()).count(name) > 1}
-    return {i: f"{name}_{i}" if name in doubled else name for i, name in plain.items()}
+    """A folder name per model: its own folder's or file's, with its number where several are called alike."""
+    places = {i: models[i].place.resolve() for i in used}
+    plain = {i: (place.stem if place.is_file() else place.name) or f"model_{i}" for i, place in places.items()}
+    several = {name for name in plain.values() if list(plain.values()).count(name) > 1}
+    names: dict[int, str] = {i: name for i, name in plain.items() if name not in several}
+    for i in plain.keys() - names.keys():
+        name = f"{plain[i]}_{i}"
+        while name in names.values():
+            name += "_"
+        names[i] = name
+    return names
 
 
 def write_adapter(
@@ -175,7 +184,8 @@ def write_adapter(
         "alpha_pattern": pattern,
         "modules_to_save": sorted({_owner(name) for name in saved}) or None,
     }
-    (place / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with SpaceTold(place / "adapter_config.json"):
+        (place / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return missing
 
 

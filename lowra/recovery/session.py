@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ from lowra.code import code_digest, digest, module_of
 from lowra.errors import LowraError, unknown
 from lowra.methods.base import Method
 from lowra.recovery import card
-from lowra.recovery.adapters import SCRATCH, write_adapters
+from lowra.recovery.adapters import SCRATCH, scratch_file, write_adapters
 from lowra.recovery.sorting import Kinship, differing, sort_models
 from lowra.recovery.tensors import agreeing, sources, view_of
 from lowra.recovery.work import Task, settle, solve_one
@@ -77,14 +78,19 @@ class Request:
             )
         if self.keep not in ("mean", "first"):
             raise unknown("keep", self.keep, ("mean", "first"))
-        if self.jobs < 1:
+        if type(self.jobs) is not int or self.jobs < 1:
             raise LowraError(f"jobs={self.jobs}: expected at least 1.")
-        if self.rank is not None and self.rank < 1:
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise LowraError(f"rank={self.rank}: expected at least 1, or null to let it be found.")
         if self.method.needs_rank and self.rank is None:
             raise LowraError(f"{self.method.pretty} needs the rank of the updates; give rank=16, say.")
         if self.adapters and self.output is None:
             raise LowraError("adapters=true writes files; name an output folder (output=null is the audit).")
+        if self.report is not None and self.output is not None:
+            raise LowraError(
+                f"report={self.report} is where an audit (output=null) writes; the card of output={self.output} is in "
+                "that folder. Give one of them."
+            )
         if self.sure and self.output is None:
             raise LowraError("sure=true writes a file; name an output folder (output=null is the audit).")
         places: dict[Path | str, str] = {}
@@ -97,6 +103,11 @@ class Request:
             inside = [m for m in self.models if folder and Path(m).exists() and _within(folder, Path(m))]
             if inside:
                 raise LowraError(f"{folder} lies inside the model {inside[0]}; name a folder outside of all inputs.")
+
+
+def placed(folder: Path) -> Path:
+    """A folder under a name that others can be made of, also where it is given as `.` or `..`."""
+    return folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
 
 
 def _within(inner: Path, outer: Path) -> bool:
@@ -239,8 +250,9 @@ def carry_out(plan: Plan, say: Callable[[str], None] = lambda line: None, progre
     key = identity(plan)
     if request.output is not None:
         check_space(request.output, plan.output_bytes() - _already(request.output))
-    workshop = Workshop(place, key) if place is not None else None
+    workshop = Workshop(place, key, scratch=[SCRATCH]) if place is not None else None
     if workshop is not None and workshop.finished:
+        _refuse_incomplete(plan, workshop.folder)
         say(f"{workshop.folder} is there already, made by this very command.")
         records = json.loads((workshop.folder / card.RECORDS).read_text())["tensors"]
         return Report(plan, tuple(records), (workshop.folder / card.CARD).read_text(), workshop.folder)
@@ -250,6 +262,8 @@ def carry_out(plan: Plan, say: Callable[[str], None] = lambda line: None, progre
     if request.output is not None and workshop is not None:
         slots = _slots(plan, workshop.partial)
         _verify(workshop, slots)
+        if request.adapters:
+            _with_factors(workshop)
     factors = str(workshop.partial / SCRATCH) if workshop is not None and request.adapters else None
     sure = _masks(plan, workshop.partial) if workshop is not None and request.sure else {}
     task = plan.task(slots=slots, fewer=request.output is None, factors=factors, sure=sure)
@@ -297,6 +311,27 @@ def _verify(workshop: Workshop, slots: dict[str, Slot]) -> None:
     for label, record in list(workshop.records.items()):
         if label in slots and slots[label].checksum() != record.get("checksum"):
             workshop.forget(label)
+
+
+def _with_factors(workshop: Workshop) -> None:
+    """Forget finished tensors whose factors are gone, as a version that removed them too early may have left them."""
+    for label, record in list(workshop.records.items()):
+        ranks = record.get("adapters") or {}
+        if any(ranks.values()) and not scratch_file(workshop.partial / SCRATCH, label).is_file():
+            workshop.forget(label)
+
+
+def _refuse_incomplete(plan: Plan, folder: Path) -> None:
+    """Raise LowraError where a finished output has lost files of its weights."""
+    if plan.request.output is None:
+        return
+    for component, state in plan.models[plan.used[0]].components.items():
+        for name in plan_shards(state):
+            if not (folder / component / name).is_file():
+                raise LowraError(
+                    f"{folder} was made by this very command, but {Path(component) / name} is gone; delete the folder "
+                    "and give the command again."
+                )
 
 
 def _worked(plan: Plan, task: Task, pending: Sequence[int], progress: bool) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -354,7 +389,7 @@ def _finish(plan: Plan, workshop: Workshop, records: tuple[dict[str, Any], ...],
     workshop.write_text(card.RECORDS, card.records_text(plan, records, key))
     workshop.write(card.PICTURE, lambda path: card.draw(records, path))
     workshop.write_text(card.CARD, text)
-    workshop.finish(scratch=[SCRATCH])
+    workshop.finish()
     return Report(plan, records, text, workshop.folder)
 
 

@@ -89,13 +89,19 @@ class Sources:
             state.expect(name)
 
     def stack(self, view: View, index: int = 0) -> Tensor:
-        """Matrix `index` of every model, (n, d, k) float32, read in pieces."""
-        size = view.d * view.k
+        """Matrix `index` of every model, (n, d, k) float32, read in pieces.
+
+        Where some are in half precision the others are rounded to it: a method is told one rounding of all, and would
+        take the numbers of one that has another for those of another base.
+        """
+        size, storage = view.d * view.k, self.storage()
         out = torch.empty(len(self.models), view.d, view.k)
         for at in range(len(self.models)):
             flat = out[at].view(-1)
             for start, stop in pieces(size, torch.float32):
-                flat[start:stop].copy_(self.read(at, index * size + start, index * size + stop))
+                piece = self.read(at, index * size + start, index * size + stop)
+                wide = piece.is_floating_point() and piece.element_size() > storage.itemsize
+                flat[start:stop].copy_(piece.to(storage) if wide else piece)
         return out
 
 

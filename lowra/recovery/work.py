@@ -298,7 +298,15 @@ def keep_entries(task: Task, match: Match, tensor: Sources, start: int, stop: in
             for at in range(1, len(tensor.models)):
                 total += tensor.read(at, start + begin, start + end)
             piece = total / len(tensor.models)
+        if not bool(torch.isfinite(piece).all()):
+            refuse_infinite(task, tensor, start + begin, start + end)
         slot.write(piece.to(slot.dtype), start + begin)
+
+
+def refuse_infinite(task: Task, tensor: Sources, start: int, stop: int) -> None:
+    """Raise LowraError naming the model whose entries hold NaN or infinity, where one does."""
+    for at in range(len(tensor.models)):
+        check_finite(tensor.read(at, start, stop).float()[None], tensor.only([at]), task.labels)
 
 
 def write_answer(task: Task, match: Match, answer: Tensor, offset: int) -> None:

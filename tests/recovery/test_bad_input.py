@@ -9,7 +9,7 @@ import torch
 from planted_checkpoints import base_state, save, three, tuned
 from safetensors.torch import load_file, save_file
 
-from lowra import recover_checkpoints
+from lowra import recover_checkpoints, recover_stack
 from lowra.errors import LowraError
 from lowra.methods.mean_lora import MeanLora
 from lowra.recover import recover
@@ -193,6 +193,81 @@ def test_nan_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_nan_in_what_is_only_kept_is_named_too(tmp_path: Path) -> None:
+    base = base_state()
+    states = [tuned(base, i) | {"model.norm.weight": torch.full((16,), float(i))} for i in range(3)]
+    states[1]["model.norm.weight"][3] = float("nan")
+    models = [save(tmp_path / f"m{i}", state) for i, state in enumerate(states)]
+    with pytest.raises(LowraError, match=r"'model\.norm\.weight' of .*m1 contains NaN"):
+        recover_checkpoints(models, tmp_path / "out")
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (5, 64), (7, 64), (64, 3), (4, 32, 3, 3)])
+def test_small_matrices_that_were_trained_in_full_are_kept(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Heads of three classes: too small for any of the ranks that a difference is first tried with."""
+    base, generator = base_state(), torch.Generator().manual_seed(7)
+    head = torch.randn(*shape, generator=generator) * 0.05
+    heads = [head + 0.002 * torch.randn(*shape, generator=generator) for _ in range(3)]
+    states = [tuned(base, i) | {"score.weight": own} for i, own in enumerate(heads)]
+    models = [save(tmp_path / f"m{i}", state) for i, state in enumerate(states)]
+    records = {record["name"]: record for record in recover_checkpoints(models, tmp_path / "out").records}
+    assert records["score.weight"]["certainty"] in ("kept", "not_identifiable")
+    assert records["model.layers.0.self_attn.q_proj.weight"]["certainty"] == "certified"
+
+
+def test_one_model_in_half_precision_is_of_the_same_base(tmp_path: Path) -> None:
+    base = {name: value.bfloat16().float() for name, value in base_state().items()}
+    states = [tuned(base, i) for i in range(4)]
+    states[1] = {name: value.bfloat16() for name, value in states[1].items()}
+    models = [save(tmp_path / f"m{i}", state) for i, state in enumerate(states)]
+    report = recover_checkpoints(models, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for record in report.records:
+        if record["decision"] == "recovered":
+            assert "left_out" not in record, record["status"]
+            # Three models in float32 differ from the base by 1e-2; an open weight is one step of bfloat16 off.
+            assert float((found[record["name"]] - base[record["name"]]).abs().max()) < 2e-3
+
+
+def test_an_output_that_lost_its_weights_is_not_believed(tmp_path: Path) -> None:
+    models = three(tmp_path)
+    recover_checkpoints(models, tmp_path / "out")
+    recover_checkpoints(models, tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    with pytest.raises(LowraError, match=r"made by this very command, but model\.safetensors is gone; delete"):
+        recover_checkpoints(models, tmp_path / "out")
+
+
+def test_an_adapters_configuration_is_not_taken_along(tmp_path: Path) -> None:
+    models = three(tmp_path)
+    (models[0] / "adapter_config.json").write_text("{}")
+    recover_checkpoints(models, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_the_output_may_be_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [path.resolve() for path in three(tmp_path)]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert recover_checkpoints(models, ".").folder == tmp_path / "here"
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        ([], r"have the shapes \(none is given\)"),
+        ([torch.zeros(3, 4), torch.zeros(4, 3)], r"have the shapes \[\(3, 4\), \(4, 3\)\]"),
+        (torch.zeros(3, 0, 5), "with numbers in it"),
+        (torch.zeros(4, 5), r"has shape \(n, d, k\)"),
+    ],
+)
+def test_stacks_that_no_method_can_work_on(stack: list[torch.Tensor] | torch.Tensor, message: str) -> None:
+    with pytest.raises(LowraError, match=message):
+        recover_stack(stack)
+
+
 def test_integers_scalars_and_vectors_are_kept_and_said_so(tmp_path: Path) -> None:
     base = base_state()
     states = []
@@ -230,6 +305,8 @@ WIDE = 16
         ({"jobs": 0}, "jobs=0: expected at least 1"),
         ({"rank": 0}, "rank=0: expected at least 1"),
         ({"adapters": True}, "adapters=true writes files"),
+        ({"jobs": None}, "jobs=None: expected at least 1"),
+        ({"rank": "4"}, "rank=4: expected at least 1"),
     ],
 )
 def test_settings(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -242,6 +319,8 @@ def test_settings(tmp_path: Path, changes: dict[str, object], message: str) -> N
     [
         ("models=abc", r"models=abc: expected a list"),
         ("output=''", "output=: expected a folder's name"),
+        ("output=2024", r"output=2024: expected a folder's name, or null; in quotes where it is a number"),
+        ("report=there", "report=there is where an audit"),
         ("rank=x", "rank=x: expected a whole number, or null"),
         ("jobs=1.5", r"jobs=1\.5: expected a whole number"),
         ("dry_run=perhaps", "dry_run=perhaps: expected true or false"),

@@ -71,6 +71,46 @@ def test_killed_at_random_moments_the_same_bytes_at_the_end(tmp_path: Path) -> N
     assert len(kept) > 1, (ended, kept)  # kills did fall into the work
 
 
+@pytest.mark.parametrize("moment", ["fsync", "clean"])
+def test_killed_while_it_ends_it_can_still_be_ended(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors of adapters are needed until the folder has its name: before, a kill left what no command could end."""
+    base = base_state()
+    models = [save(tmp_path / f"m{i}", tuned(base, i)) / "model.safetensors" for i in range(3)]
+    recover_checkpoints(models, tmp_path / "whole", adapters=True)
+    made = sorted(path.name for path in (tmp_path / "whole" / "adapters").iterdir())
+    assert made == ["model_0", "model_1", "model_2"]
+    out = tmp_path / "out"
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if moment == "fsync":
+            patch.setattr("lowra.checkpoints.writing.os.fsync", kill)
+        else:
+            patch.setattr(Workshop, "_clean", kill)
+        with pytest.raises(Killed):
+            recover_checkpoints(models, out, adapters=True)
+    assert (out if moment != "fsync" else tmp_path / "out.partial").is_dir()
+    recover_checkpoints(models, out, adapters=True)
+    expected, found = files(tmp_path / "whole"), files(out)
+    assert found.keys() == expected.keys()
+    assert all(found[name] == expected[name] for name in expected if name.endswith(".safetensors"))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_adapters_of_models_of_one_name_have_folders_of_their_own(tmp_path: Path) -> None:
+    base = base_state()
+    models = [save(tmp_path / place, tuned(base, i)) for i, place in enumerate(("a/m", "b/m", "c/m_0"))]
+    recover_checkpoints(models, tmp_path / "out", adapters=True)
+    assert len(list((tmp_path / "out" / "adapters").iterdir())) == 3
+
+
 def test_a_finished_tensor_that_changed_since_is_done_again(tmp_path: Path) -> None:
     models = three(tmp_path)
     recover_checkpoints(models, tmp_path / "whole")

@@ -244,9 +244,9 @@ class _Pair:
         float32 sums, no more are tried: the fit of fewer is handed back.
         """
         d, m = self.x.shape
-        ratio, below, rank = self.plain(), 0, LOWEST
+        ratio, below, rank = self.plain(), 0, max(1, min(LOWEST, min(d, m) // 2))
         before: _Fit | None = None
-        while 2 * rank <= min(d, m):
+        while before is None or 2 * rank <= min(d, m):
             columns = torch.randn(m, min(rank + EXTRA, d, m), generator=generator, dtype=torch.float64)
             fit = self.fitted(ratio, rank, self.times(ratio, columns.to(self.x.device)))
             ratio = fit.ratio

@@ -21,10 +21,12 @@ from lowra.methods.subspace_intersection.half.parts import Tile, each_part, in_p
 from lowra.methods.subspace_intersection.half.preconditioner import Side, shared_precision
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, NARROWEST, Cells, Sites
 
-# A direction j of model i is kept while S_ij^2 theta_i / (d + k) exceeds this: a fifth of the smallest size at which
-# the ridge's own estimate of S_ij is stable. The next sweep may know more of the numbers that show it: of faint updates
-# of many directions a twentieth of the misses is for want of those between this and a half.
-RELEVANT = 0.2
+# A direction j of model i is kept while S_ij^2 theta_i / (d + k) exceeds this: half the smallest size at which the
+# ridge's own estimate of S_ij is stable. Of updates below so many half cells, in root mean square, a fifth of it is
+# enough: the next sweep may know more of the few numbers that show them. (Of larger ones directions as faint are noise,
+# and what else is wrong fits it.)
+RELEVANT = 0.5
+FAINT, RELEVANT_OF_FAINT = 0.4, 0.2
 
 # Newton steps for the effective variances: from nothing, and from those of the round before.
 COLD, WARM = 12, 3
@@ -438,7 +440,9 @@ def pruned(factors: Factors, variances: Variances) -> Factors:
     """Balanced factors without the directions below the noise; at least one is kept."""
     lefts, rights = [], []
     for left, right, relevance in zip(factors.left, factors.right, relevances(factors, variances), strict=True):
-        keep = (relevance > RELEVANT).nonzero().squeeze(1)
+        square = float(left.square().sum(0).square().sum())  # of the update, whose singular values these sums are
+        faint = square < FAINT**2 * len(left) * len(right)
+        keep = (relevance > (RELEVANT_OF_FAINT if faint else RELEVANT)).nonzero().squeeze(1)
         keep = keep if len(keep) else keep.new_zeros(1)
         lefts.append(left[:, keep].contiguous())
         rights.append(right[:, keep].contiguous())

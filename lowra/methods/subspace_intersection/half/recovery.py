@@ -94,6 +94,9 @@ LACKING = -0.02
 # Share of the sure weights that lie on bfloat16's grid, in float16 merges, from which W is taken to be bfloat16.
 COARSER = 0.6
 
+# Nats by which held-out cells have to be against it: a few hundred of so many sure weights are evidence enough.
+OPPOSED = 0.05
+
 # Predicted share above which an answer that is certified is compared neither with other starts, nor with the vote, nor
 # with a base on no grid.
 EASY = 0.97
@@ -348,6 +351,8 @@ class Recoverer:
                     run = self._grown(whole, run, FINISH[-1:], good=True)
         elif sizes[0] < FAINTEST or (run.deviation < LACKING and self._certifiable(cells, run)):
             run = self._grown(cells, run, FINISH[-1:], good=True)
+            if base == torch.float16:  # asked again, now that more of the weights are right
+                cells, run, base = self._coarser(cells, run)
         decoded, certified = run.decoded, certifiable(run, n, self.hint)
         if certified:
             doubt(cells, run)
@@ -501,7 +506,7 @@ class Recoverer:
         if len(sure) and float((sure.to(torch.bfloat16) == sure).float().mean()) > COARSER:
             other = replace(cells, base=grid_of(torch.bfloat16, cells.scale))
             again = converge(other, run.factors, FROM_NEARBY)
-            if again.likelihood > run.likelihood - SLACK:
+            if again.likelihood > run.likelihood - OPPOSED:
                 return other, again, torch.bfloat16
         return cells, run, torch.float16
 
