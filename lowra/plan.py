@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import json
@@ -447,12 +446,6 @@ def _usual(cfg: DictConfig, target: str) -> dict[str, Any]:
     name = _shipped_targets(conf_dir() / "methods").get(target)
     if name is None:
         return _own_defaults(target)
-    # As the subset is shipped: `subset.steps` on the command line is an option that differs, too.
-    path = conf_dir() / "subset" / f"{cfg.subset.name}.yaml"
-    if path.is_file():
-        cfg = copy.deepcopy(cfg)
-        OmegaConf.set_struct(cfg, False)
-        cfg.subset.update({key: value for key, value in _loaded(path).items() if key != "defaults"})
     node = _shipped_node(cfg, name)
     return {} if node is None else options(node)
 
