@@ -92,3 +92,16 @@ def test_one_failed_job_of_several_does_not_take_the_others_down(dataset: Path, 
     assert done.returncode != 0
     assert "n_loras is 99, but subset 'custom' has 6 models" in done.stderr
     assert (tmp_path / "out/custom/published/table.md").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_cannot_be_written_is_no_traceback(tmp_path: Path) -> None:
+    code = "from lowra.cli import tell_mistakes; tell_mistakes(lambda: print('a table'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (2, "error: Cannot write (No space left on device).\n")
+    read, write = os.pipe()
+    os.close(read)  # nobody reads on
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

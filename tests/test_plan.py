@@ -144,3 +144,15 @@ def test_no_folder_of_this_machine_is_kept() -> None:
     cfg = {"results_dir": "/a/b", "source": {"path": "/home/me/data", "name": "x/y"}, "list": ["/tmp/z", 5]}
     assert plan._portable(cfg) == {"source": {"path": "data", "name": "x/y"}, "list": ["z", 5]}
     assert plan._without_folders("source.path=/home/me/data") == "source.path=data"
+
+
+def test_options_of_ones_own_method_that_differ_from_its_defaults_are_in_its_label(
+    custom: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "labelled_method.py").write_text("def mine(stack, alpha=1.0):\n    return alpha * stack.mean(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    labels = []
+    for alpha in ("1.0", "2.0"):
+        target = f"{{_target_: labelled_method.mine, _partial_: true, alpha: {alpha}}}"
+        labels += [each.label for each in plan.make_variants(custom("methods=[]", f"+methods.mine={target}")).values()]
+    assert labels == ["mine", "mine (alpha=2.0)"]

@@ -172,3 +172,26 @@ def test_a_page_is_made_again_only_for_other_records_or_outputs(
     fakes.folder(mine, fakes.rows("m", "Mine", -9.5, context="m"), m=fakes.context(command="mine"))
     assert call(monkeypatch, mine, "--page", file) == 0
     assert len(made) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--summary", "--page", "p.html"], "--summary and --page are reports of their own"),
+        (["--to", "there", "--page", "p.html"], "--to and --page are reports of their own"),
+        (["--set", "a=1"], "--set goes with --verify"),
+        (["--page", "."], "expected the name of a file to write"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["lowra.report", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as end:
+        report.main()
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
