@@ -80,11 +80,9 @@ def tell_mistakes(work: Callable[[], Any]) -> Any:
     """
     try:
         result = work()
-        sys.stdout.flush()  # here, where it can still be said that it cannot be written
+        if sys.stdout is not None:  # as it is where it was closed
+            sys.stdout.flush()  # here, where it can still be said that it cannot be written
         return result
-    except BrokenPipeError:  # nobody reads on, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + signal.SIGPIPE) from None
     except (Exception, KeyboardInterrupt) as error:
         if signals.came() or isinstance(error, KeyboardInterrupt):
             number = signals.came() or signal.SIGINT
@@ -93,9 +91,13 @@ def tell_mistakes(work: Callable[[], Any]) -> Any:
         if isinstance(error, LowraError):
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
-        if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # or the interpreter's end would say it again
+            if error.errno == errno.EPIPE:  # nobody reads on, as after `| head`
+                raise SystemExit(128 + signal.SIGPIPE) from None
             print(f"error: Cannot write ({error.strerror}).", file=sys.stderr)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(2) from None
         raise
 
@@ -148,9 +150,8 @@ def _misspelt(error: Exception, config: str, arguments: Sequence[str]) -> LowraE
         return LowraError(f"{text.rstrip('.')}. {cause}".strip())
     from lowra.paths import conf_dir
 
-    places = ("hydra.searchpath", "+hydra.searchpath")
-    keys = {argument: argument.partition("=")[0] for argument in arguments}
-    choices = [argument for argument, name in keys.items() if "." not in name or name in places]
+    keys = [argument.partition("=")[0].lstrip("+") for argument in arguments]
+    choices = [a for a, key in zip(arguments, keys, strict=True) if "." not in key or key == "hydra.searchpath"]
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             whole = hydra.compose(config, overrides=choices)
