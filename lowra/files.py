@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,15 +25,23 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
-        raise LowraError(f"Cannot write {path} ({error.strerror or error}); choose another folder.") from None
     except Exception as error:
-        if "os error" not in str(error):  # as libraries in Rust, safetensors among them, tell of a full disk
+        number = system_error(error)
+        if number is None and not isinstance(error, OSError):
             raise
-        raise LowraError(f"Cannot write {path} ({error}); choose another folder.") from None
+        why = error if number is None else os.strerror(number)
+        raise LowraError(f"Cannot write {path} ({why}); choose another folder.") from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def system_error(error: BaseException) -> int | None:
+    """The system's number of an error, also where a library in Rust, such as safetensors, tells it in words."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -6,6 +6,7 @@ answer stands here. A layer is read and merged once per draw, its floor computed
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -32,8 +33,18 @@ from lowra.errors import LowraError
 from lowra.methods import Method, Observation, Recovery, check_observation, check_recovery
 from lowra.metrics.base import Metric, Scorer
 from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
-from lowra.plan import Plan, Task, Variant, options
-from lowra.records import COORDINATES, LAYER_FIELDS, LAYER_NAME, SCORE, KeptWeights, Store, dumps, key_of, model_digest
+from lowra.plan import Plan, Task, Variant, default_dtype_kept, options
+from lowra.records import (
+    COORDINATES,
+    LAYER_FIELDS,
+    SCORE,
+    STEP_PLACE,
+    KeptWeights,
+    Store,
+    dumps,
+    key_of,
+    model_digest,
+)
 from lowra.reporting import kept
 
 # A recovered weight that waits for a metric is kept on disk where recovering it again takes longer than writing it,
@@ -46,10 +57,6 @@ ONE_THREAD = 2**20
 
 class WroteIntoStack(Exception):
     """A method changed the merged weights it was given."""
-
-
-class ChangedDefaults(Exception):
-    """A method changed what new tensors are in this process."""
 
 
 @dataclass(frozen=True)
@@ -168,24 +175,24 @@ class LayerJudge:
         """Whatever a method that failed did to the stacks, nobody else gets that."""
         for each in seen:
             each.observation = self._observe(each.layer, each.task)
+            each.state = _state(each.observation.merged)
 
     def _attempted(
         self, recover: Callable[[list[Observation]], Sequence[Any]], seen: Sequence[Seen]
     ) -> list[tuple[dict[str, Any], Tensor | None]]:
         """Layers recovered by one call and scored; raises what it raises, and for what no method may return or do."""
-        before = [_state(each.observation.merged) for each in seen]
         watched = [Watched(each.layer.weight) for each in seen]
         observations = [replace(each.observation, watch=watch) for each, watch in zip(seen, watched, strict=True)]
         started = time.perf_counter()
-        with _defaults_kept():
+        with default_dtype_kept():
             recoveries = recover(observations)
         if observations[0].merged.is_cuda:
             torch.cuda.synchronize(observations[0].merged.device)
         seconds = time.perf_counter() - started - sum(watch.seconds for watch in watched)
         results: list[tuple[dict[str, Any], Tensor | None]] = []
-        for recovery, each, state, watch in zip(recoveries, seen, before, watched, strict=True):
+        for recovery, each, watch in zip(recoveries, seen, watched, strict=True):
             candidates = check_recovery(recovery, each.layer.weight.shape)
-            if _state(each.observation.merged) != state:
+            if _state(each.observation.merged) != each.state:
                 raise WroteIntoStack("it wrote into observation.merged, which is everybody's; work on a clone")
             results.append(
                 (self._scored(recovery, candidates, each.layer.weight, seconds / len(seen), watch), candidates)
@@ -222,12 +229,19 @@ class LayerJudge:
 
 @dataclass
 class Seen:
-    """A layer as a method gets it, beside the truth. floor: the W-Error that the merges' rounding leaves."""
+    """A layer as a method gets it, beside the truth. floor: the W-Error that the merges' rounding leaves.
+
+    state: of the merges, as every method has to leave them.
+    """
 
     task: Task
     layer: Layer
     observation: Observation
     floor: float = math.nan
+    state: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state = _state(self.observation.merged)
 
 
 @dataclass
@@ -275,19 +289,6 @@ def _said(error: BaseException) -> str:
     return " ".join(_writable(f"{type(error).__name__}: {message}").split())
 
 
-@contextmanager
-def _defaults_kept() -> Iterator[None]:
-    """Raise ChangedDefaults where what runs inside leaves torch another default dtype, which is set back."""
-    before = torch.get_default_dtype()
-    try:
-        yield
-    finally:
-        after = torch.get_default_dtype()
-        torch.set_default_dtype(before)
-    if after != before:
-        raise ChangedDefaults(f"it set torch's default dtype to {after}, which is everybody's; give dtypes by name")
-
-
 def _told(values: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The checked numbers and texts that a method tells of itself, as they can be written.
 
@@ -301,7 +302,7 @@ def _told(values: Mapping[str, Any], what: str) -> dict[str, Any]:
 
 def _step(step: Mapping[str, Any]) -> dict[str, Any]:
     """A step of a method's history; raises ValueError where it says what the table itself does."""
-    if taken := sorted(set(step) & _OF_A_STEP):
+    if taken := sorted(set(step) & set(STEP_PLACE)):
         raise ValueError(f"a step of history holds {taken[0]!r}, a column of the benchmark's own; name it otherwise")
     return _told(step, "a step of history")
 
@@ -311,11 +312,10 @@ def _writable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-# What the steps of a history stand beside in its table.
-_OF_A_STEP = {*COORDINATES, *LAYER_NAME, "merge_dtype", "merge_order", "knows_rank", "device", "step"}
-
-# Odd numbers that bits are multiplied by, each place by its own.
-_PLACES = torch.randint(2**62, (2**16,), generator=torch.Generator().manual_seed(0)).mul_(2).add_(1)
+@functools.cache
+def _multipliers(device: torch.device) -> Tensor:
+    """An odd number for each place of a piece of bits."""
+    return torch.randint(2**62, (2**16,), generator=torch.Generator().manual_seed(0)).mul_(2).add_(1).to(device)
 
 
 def _state(merged: Tensor) -> tuple[tuple[int, ...], int, int]:
@@ -325,9 +325,9 @@ def _state(merged: Tensor) -> tuple[tuple[int, ...], int, int]:
     """
     version = 0 if merged.is_inference() else merged._version
     bits = torch.int64 if merged.element_size() * merged.shape[-1] % 8 == 0 else torch.int32  # fewer, wider numbers
-    places, found = _PLACES.to(merged.device), 0
-    for part in merged.view(bits).flatten().split(len(places)):
-        product = part * places[: len(part)]
+    odd, found = _multipliers(merged.device), 0
+    for part in merged.view(bits).flatten().split(len(odd)):
+        product = part * odd[: len(part)]
         found = hash((found, int(product.bitwise_xor_(product >> 29).sum())))  # as the top bit alone is in no other
     return tuple(merged.shape), version, found
 

@@ -9,6 +9,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -374,25 +375,36 @@ def _method(node: DictConfig, name: str) -> Method:
 
     Merges, true weights and every other method would be of another precision.
     """
-    before = torch.get_default_dtype()
     try:
-        method = as_method(make(node, "method", name), name)
+        with default_dtype_kept():
+            method = as_method(make(node, "method", name), name)
+    except ChangedDefault as error:
+        raise LowraError(f"Method {name!r}: when {node['_target_']} is imported, {error}.") from None
     except ValueError as error:  # functions of C without a signature
         raise LowraError(
             f"Method {name!r}: {error}. Give a function of your own, `def mine(stack): ...`, that calls it."
         ) from None
-    finally:
-        after = torch.get_default_dtype()
-        torch.set_default_dtype(before)
-    if after != before:
-        raise LowraError(
-            f"Method {name!r}: importing {node['_target_']} sets torch's default dtype to {after}, for everybody; give "
-            "dtypes by name where tensors are made."
-        )
     for key in ("pretty", "reference"):
         if not isinstance(value := getattr(method, key), str):
             raise LowraError(f"Method {name!r}: {key} is a {type(value).__name__}; expected a text.")
     return method
+
+
+class ChangedDefault(Exception):
+    """Somebody's code changed what new tensors are in this process."""
+
+
+@contextmanager
+def default_dtype_kept() -> Iterator[None]:
+    """Raise ChangedDefault where what runs inside leaves torch another default dtype, which is set back."""
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        after = torch.get_default_dtype()
+        torch.set_default_dtype(before)
+    if after != before:
+        raise ChangedDefault(f"it set torch's default dtype to {after}, which is everybody's; give dtypes by name")
 
 
 def _like(cfg: DictConfig, name: str, node: DictConfig, seen: tuple[str, ...] = ()) -> DictConfig:
@@ -444,10 +456,8 @@ def options(node: DictConfig) -> dict[str, Any]:
 def _usual(cfg: DictConfig, target: str) -> dict[str, Any]:
     """The options that a target has where nobody says otherwise: those of its shipped config, or else its own."""
     name = _shipped_targets(conf_dir() / "methods").get(target)
-    if name is None:
-        return _own_defaults(target)
-    node = _shipped_node(cfg, name)
-    return {} if node is None else options(node)
+    node = _shipped_node(cfg, name) if name else None
+    return _own_defaults(target) if node is None else options(node)
 
 
 def _own_defaults(target: str) -> dict[str, Any]:

@@ -96,8 +96,10 @@ SCORE_FIELDS: dict[str, str] = {
 }
 _OF_KIND = {LAYER: FIELDS | LAYER_FIELDS, SCORE: FIELDS | SCORE_FIELDS}
 COORDINATES = ("subset", "source", "data", "n_loras", "trial", "models", "seed", "variant", "method", "label")
+PLACE = (*COORDINATES, "merge_dtype", "merge_order", "knows_rank", "device")
 SETTING = ("subset", "source", "data", "merge_dtype", "merge_order", "knows_rank", "seed")
 LAYER_NAME = ("layer_model", "layer_name")
+STEP_PLACE = (*PLACE, *LAYER_NAME, "step")  # what the numbers of a step of a history stand beside
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
@@ -588,7 +590,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _place(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in (*COORDINATES, "merge_dtype", "merge_order", "knows_rank", "device")}
+    return {name: record[name] for name in PLACE}
 
 
 def _steps(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -49,7 +49,8 @@ from lowra.methods.base import Observation
 from lowra.methods.spectral_detuning import SpectralDeTuning
 from lowra.methods.subspace_intersection import SubspaceIntersection
 from lowra.methods.subspace_intersection.half.cells import grid_of
-from lowra.methods.subspace_intersection.half.recovery import AT_ONCE, FAINTEST, FINISH, sizes_in_cells
+from lowra.methods.subspace_intersection.half.fit import FAINTEST
+from lowra.methods.subspace_intersection.half.recovery import AT_ONCE, FINISH, sizes_in_cells
 from lowra.methods.subspace_intersection.half.rounds import converge
 from lowra.methods.subspace_intersection.half.sites import Cells, hold_out, unit
 from lowra.methods.subspace_intersection.half.start import factored, vote

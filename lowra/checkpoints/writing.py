@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lowra.checkpoints.reading import NAMES, StoredState
 from lowra.errors import LowraError
+from lowra.files import system_error
 
 JOURNAL = ".journal.jsonl"
 
@@ -71,10 +72,6 @@ class Slot:
         return total
 
 
-# What a full disk, a quota or a file too large for its disk is to libraries that raise errors of their own.
-_FULL = tuple(f"os error {number}" for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-
-
 class SpaceTold:
     """Turn a full disk into a sentence; everything finished so far stays."""
 
@@ -85,8 +82,7 @@ class SpaceTold:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if full or (isinstance(error, Exception) and any(sign in str(error) for sign in _FULL)):
+        if error is not None and system_error(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise LowraError(
                 f"The disk is full ({self.path.parent}). What is finished is kept: make room and give the same command "
                 "again."

@@ -262,8 +262,6 @@ def carry_out(plan: Plan, say: Callable[[str], None] = lambda line: None, progre
     if request.output is not None and workshop is not None:
         slots = _slots(plan, workshop.partial)
         _verify(workshop, slots)
-        if request.adapters:
-            _with_factors(workshop)
     factors = str(workshop.partial / SCRATCH) if workshop is not None and request.adapters else None
     sure = _masks(plan, workshop.partial) if workshop is not None and request.sure else {}
     task = plan.task(slots=slots, fewer=request.output is None, factors=factors, sure=sure)
@@ -307,17 +305,14 @@ def _masks(plan: Plan, folder: Path) -> dict[str, Slot]:
 
 
 def _verify(workshop: Workshop, slots: dict[str, Slot]) -> None:
-    """Forget finished tensors whose bytes are not what the journal says (a power cut; a file changed since)."""
-    for label, record in list(workshop.records.items()):
-        if label in slots and slots[label].checksum() != record.get("checksum"):
-            workshop.forget(label)
+    """Forget finished tensors whose bytes are not what the journal says (a power cut; a file changed since).
 
-
-def _with_factors(workshop: Workshop) -> None:
-    """Forget finished tensors whose factors are gone, as a version that removed them too early may have left them."""
+    Or whose factors are not there: adapters are put together from them.
+    """
     for label, record in list(workshop.records.items()):
-        ranks = record.get("adapters") or {}
-        if any(ranks.values()) and not scratch_file(workshop.partial / SCRATCH, label).is_file():
+        changed = label in slots and slots[label].checksum() != record.get("checksum")
+        factors = any(record.get("adapters", {}).values())
+        if changed or (factors and not scratch_file(workshop.partial / SCRATCH, label).is_file()):
             workshop.forget(label)
 
 

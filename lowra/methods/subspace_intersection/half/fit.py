@@ -21,12 +21,13 @@ from lowra.methods.subspace_intersection.half.parts import Tile, each_part, in_p
 from lowra.methods.subspace_intersection.half.preconditioner import Side, shared_precision
 from lowra.methods.subspace_intersection.half.sites import MEDIAN, NARROWEST, Cells, Sites
 
+# Updates below this many cells, in root mean square, show in the smallest weights alone.
+FAINTEST = 0.2
+
 # A direction j of model i is kept while S_ij^2 theta_i / (d + k) exceeds this: half the smallest size at which the
-# ridge's own estimate of S_ij is stable. Of updates below so many half cells, in root mean square, a fifth of it is
-# enough: the next sweep may know more of the few numbers that show them. (Of larger ones directions as faint are noise,
-# and what else is wrong fits it.)
-RELEVANT = 0.5
-FAINT, RELEVANT_OF_FAINT = 0.4, 0.2
+# ridge's own estimate of S_ij is stable. Of the faintest updates a fifth of it is enough: the next sweep may know more
+# of the few numbers that show them. (Of larger ones directions as faint are noise, and what else is wrong fits it.)
+RELEVANT, RELEVANT_OF_FAINTEST = 0.5, 0.2
 
 # Newton steps for the effective variances: from nothing, and from those of the round before.
 COLD, WARM = 12, 3
@@ -441,8 +442,8 @@ def pruned(factors: Factors, variances: Variances) -> Factors:
     lefts, rights = [], []
     for left, right, relevance in zip(factors.left, factors.right, relevances(factors, variances), strict=True):
         square = float(left.square().sum(0).square().sum())  # of the update, whose singular values these sums are
-        faint = square < FAINT**2 * len(left) * len(right)
-        keep = (relevance > (RELEVANT_OF_FAINT if faint else RELEVANT)).nonzero().squeeze(1)
+        faintest = square < (2 * FAINTEST) ** 2 * len(left) * len(right)  # a cell is two units
+        keep = (relevance > (RELEVANT_OF_FAINTEST if faintest else RELEVANT)).nonzero().squeeze(1)
         keep = keep if len(keep) else keep.new_zeros(1)
         lefts.append(left[:, keep].contiguous())
         rights.append(right[:, keep].contiguous())

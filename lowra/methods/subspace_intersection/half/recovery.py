@@ -15,7 +15,7 @@ from lowra.methods.subspace_intersection.half import levels
 from lowra.methods.subspace_intersection.half.cavity import Decoded, Sweep
 from lowra.methods.subspace_intersection.half.cells import format_of, grid_of
 from lowra.methods.subspace_intersection.half.doubt import SecondLook
-from lowra.methods.subspace_intersection.half.fit import Factors, Variances, qr_of
+from lowra.methods.subspace_intersection.half.fit import FAINTEST, Factors, Variances, qr_of
 from lowra.methods.subspace_intersection.half.parts import threads
 from lowra.methods.subspace_intersection.half.rounds import (
     FROM_AFAR,
@@ -67,11 +67,8 @@ FAINT = 0.7
 # Updates above this many cells: the first explanation that could be certified is taken.
 CLEARLY_SEEN = 1.5
 
-# Updates below this many cells show in the smallest weights alone; directions of theirs are always looked for again.
-FAINTEST = 0.2
-
 # Sizes of updates, in cells, up to which a vote is approached at a clip, the first that holds first: the fainter the
-# updates, the more only the smallest weights show them.
+# updates, the more only the smallest weights show them. (Directions of the faintest are always looked for again.)
 APPROACHES = ((FAINTEST, 1000.0), (0.6, 30.0), (math.inf, 3.0))
 
 # Nats by which the held-out cells must prefer a base on no grid.
