@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ def command(work: Callable[[DictConfig], Any], config: str = "config") -> None:
     failed in part (a result with `failures`) is status 1. Other exceptions are bugs of ours and keep their traceback.
     """
     signals.leave()
+    open_streams()
     failed: list[Any] = []
 
     def whole() -> None:
@@ -109,7 +111,12 @@ def check_choices(arguments: Sequence[str], config: str = "config") -> None:
     flags (`--help`) are left to Hydra.
     """
     import hydra
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+    from hydra.errors import (
+        ConfigCompositionException,
+        HydraException,
+        MissingConfigException,
+        OverrideParseException,
+    )
 
     from lowra.paths import conf_dir
 
@@ -127,6 +134,8 @@ def check_choices(arguments: Sequence[str], config: str = "config") -> None:
         raise unknown(kind, name, known, "One of your own needs its config found: see the README.") from None
     except ConfigCompositionException as error:
         raise _misspelt(error, config, arguments) from None
+    except OverrideParseException:
+        raise _unreadable(arguments, config) from None
     except HydraException:
         return  # Hydra reports it, with the place
     except ValueError as error:  # what Hydra does not expect of a group, such as methods=null
@@ -135,6 +144,38 @@ def check_choices(arguments: Sequence[str], config: str = "config") -> None:
         group, equals, name = argument.partition("=")
         if group == "builder" and equals and name not in ("", "null") and cfg.get("builder") is None:
             raise unknown("builder", name, [path.stem for path in (conf_dir() / "builder").glob("*.yaml")])
+
+
+def _unreadable(arguments: Sequence[str], config: str) -> LowraError:
+    """What is wrong with the first argument that Hydra's grammar does not know, and how it is written."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    def readable(text: str) -> bool:
+        try:
+            OverridesParser.create().parse_override(text)
+        except HydraException:
+            return False
+        return True
+
+    argument = next(argument for argument in arguments if not readable(argument))
+    key, equals, value = argument.partition("=")
+    example = {"recover": "models='[A,B,C]' output=OUT"}.get(config, "subset=vit")
+    if not equals:
+        return LowraError(f"{argument!r} is no setting; expected KEY=VALUE, such as {example}.")
+    if key != key.strip() or value != value.strip():
+        return LowraError(f"{argument!r} has spaces at its =; write {key.strip()}={value.strip()}.")
+    if value.startswith(("[", "{")) and value.count(value[0]) > value.count("]}"["[{".index(value[0])]):
+        closed = f"{key}={value[0]}...{']}'['[{'.index(value[0])]}"
+        return LowraError(
+            f"{argument!r} is not closed; a shell parts arguments at spaces, so put the whole in quotes: '{closed}'."
+        )
+    if value.startswith(("[", "{")):
+        return LowraError(f"{argument!r} cannot be read; put names that hold spaces or signs in quotes of their own.")
+    escaped = value.replace('"', '\\"')
+    quoted = f'{key}="{escaped}"'
+    how = f"; put the value in quotes of its own: {shlex.quote(quoted)}" if readable(quoted) else ""
+    return LowraError(f"{argument!r} cannot be read{how}.")
 
 
 def _misspelt(error: Exception, config: str, arguments: Sequence[str]) -> LowraError:
@@ -166,6 +207,20 @@ def _misspelt(error: Exception, config: str, arguments: Sequence[str]) -> LowraE
     known = sorted(map(str, node)) if isinstance(node, DictConfig) else sorted(map(str, whole))
     near = difflib.get_close_matches(key, known, 1)
     return unknown("setting", place, known, f"Did you mean {near[0]}?" if near else "")
+
+
+def open_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr on nothing: a file opened later would take its number.
+
+    What libraries say of their own on stderr would be written into that file.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: those below are open by now
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 (to the end)
 
 
 def quiet_libraries() -> None:

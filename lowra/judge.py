@@ -28,12 +28,13 @@ from lowra.bench.foreign import swap
 from lowra.bench.merging import merge, merge_dtype
 from lowra.bench.schema import Layer, LayerTable
 from lowra.code import code_digest, digest, module_of
+from lowra.configured import default_dtype_kept, options
 from lowra.digests import folder_digest, visible_files
 from lowra.errors import LowraError
 from lowra.methods import Method, Observation, Recovery, check_observation, check_recovery
 from lowra.metrics.base import Metric, Scorer
 from lowra.metrics.weight_error import EXACT, exact_fraction, floor_error, weight_error
-from lowra.plan import Plan, Task, Variant, default_dtype_kept, options
+from lowra.plan import Plan, Task, Variant
 from lowra.records import (
     COORDINATES,
     LAYER_FIELDS,

@@ -21,9 +21,7 @@ def main() -> None:
 
 def recover(cfg: DictConfig) -> None:
     """Plan, and carry out, audit, or only foresee, as the configuration says."""
-    from hydra.utils import instantiate
-
-    from lowra.methods.base import as_method
+    from lowra.configured import make_method, whole_node
     from lowra.recovery.session import Request, carry_out, foresee, make_plan
 
     signals.stop()
@@ -34,7 +32,8 @@ def recover(cfg: DictConfig) -> None:
         raise unknown(
             "method", cfg.method, cfg.methods, f"One of your own: methods=[{cfg.method}] method={cfg.method}."
         )
-    method = as_method(instantiate(cfg.methods[cfg.method], _convert_="object"), str(cfg.method))
+    name = str(cfg.method)
+    method = make_method(whole_node(cfg, name, cfg.methods[name]), name)
     dry = _truth(cfg.dry_run, "dry_run")
     request = Request(
         models=_names(cfg.models),

@@ -107,3 +107,42 @@ def test_an_output_that_cannot_be_written_is_no_traceback(tmp_path: Path) -> Non
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
     done = subprocess.run(["sh", "-c", f'exec "{sys.executable}" -c "{code}" >&-'], stderr=subprocess.PIPE, timeout=300)
     assert (done.returncode, done.stderr) == (0, b"")  # closed by whoever wants nothing said
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("recover", ["A", "B", "C"], "'A' is no setting; expected KEY=VALUE, such as models='[A,B,C]' output=OUT."),
+        ("recover", ["models=[a,", "b]"], "'models=[a,' is not closed; a shell parts arguments at spaces"),
+        ("recover", ["models=[a (1),b,c]", "output=x"], "put names that hold spaces or signs in quotes of their own"),
+        ("recover", ["models=[a,b,c]", "output=x (1)"], """quotes of its own: 'output="x (1)"'."""),
+        ("run", ["vit"], "'vit' is no setting; expected KEY=VALUE, such as subset=vit."),
+        ("run", ["subset = vit"], "'subset = vit' has spaces at its =; write subset=vit."),
+        ("run", ["subset=vit", 'note=he said "hi'], """of its own: 'note="he said \\"hi"'."""),
+        ("run", ["subset=vit", "layers=^a(b|c)$"], """of its own: 'layers="^a(b|c)$"'."""),
+    ],
+)
+def test_what_hydras_grammar_does_not_know_is_told_with_the_way_to_write_it(
+    command: str, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    done = lowra(command, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_do_not_lend_their_numbers_to_files(closed: str, tmp_path: Path) -> None:
+    code = (
+        "import os, sys\n"
+        "from lowra.cli import open_streams\n"
+        "open_streams()\n"
+        "number = os.open('file', os.O_CREAT | os.O_WRONLY)\n"
+        "os.write(2, b'a warning')\n"
+        "print('to nobody'); print('nor this', file=sys.stderr); sys.stderr.isatty()\n"
+        "os.write(number, str(number).encode())"
+    )
+    done = subprocess.run(["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], cwd=tmp_path)
+    assert done.returncode == 0
+    assert int((tmp_path / "file").read_text()) > 2

@@ -26,7 +26,7 @@ from lowra.builders.base import Built
 from lowra.builders.kohya_files import LoraFile, expected_modules
 from lowra.builders.peft_adapters import natural_order
 from lowra.checkpoints.reading import Checkpoint, component_folder, open_checkpoint, other_files, resolve
-from lowra.checkpoints.writing import create_shard, index_name, index_text, pieces, plan_shards
+from lowra.checkpoints.writing import Shard, index_name, index_text, pieces, plan_shards
 from lowra.checks import Name, Names, OneOf
 from lowra.digests import file_digest
 from lowra.errors import LowraError
@@ -336,7 +336,7 @@ def write_merged(base: Checkpoint, adapter: OwnAdapter, folder: Path, dtype: tor
             for name, entries in plan_shards(state).items()
         }
         for name, entries in shards.items():
-            for tensor, slot in create_shard(partial / component / name, entries, {}).items():
+            for tensor, slot in Shard.planned(partial / component / name, entries, {}).create().items():
                 if (component, tensor) in whole:
                     slot.write(adapter.replacement(whole[component, tensor]).to(slot.dtype))
                     continue

@@ -106,38 +106,50 @@ class Entry:
         return total
 
 
-def create_shard(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> dict[str, Slot]:
-    """A safetensors file of its full size with its header, or the one a killed run left; returns every tensor's slot.
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file before its tensors: the header, the size of the whole, and every tensor's slot."""
 
-    Raises LowraError when the disk has no room for it.
-    """
-    # Wide numbers first, so that each begins at a multiple of its size, as the format asks for.
-    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    places, end = {}, 0
-    for entry in ordered:
-        begin, end = end, end + entry.numel * entry.dtype.itemsize
-        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
-        places[entry.name] = (entry, begin)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    head = len(text).to_bytes(8, "little") + text
-    if not _stands(path, head, start + end):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with SpaceTold(path), open(path, "wb") as file:
-            if hasattr(os, "posix_fallocate") and end:
-                os.posix_fallocate(file.fileno(), 0, start + end)  # a full disk shows now, not hours later
-            file.truncate(start + end)
-            file.write(head)
-    return {name: Slot(path, entry.dtype, start + begin, entry.numel) for name, (entry, begin) in places.items()}
+    path: Path
+    head: bytes
+    size: int
+    slots: dict[str, Slot]
 
+    @classmethod
+    def planned(cls, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> Shard:
+        """The file that will hold some tensors."""
+        # Wide numbers first, so that each begins at a multiple of its size, as the format asks for.
+        ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+        places, end = {}, 0
+        for entry in ordered:
+            begin, end = end, end + entry.numel * entry.dtype.itemsize
+            header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
+            places[entry.name] = (entry, begin)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        slots = {name: Slot(path, entry.dtype, start + begin, entry.numel) for name, (entry, begin) in places.items()}
+        return cls(path, len(text).to_bytes(8, "little") + text, start + end, slots)
 
-def _stands(path: Path, head: bytes, size: int) -> bool:
-    if not path.exists() or path.stat().st_size != size:
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(head)) == head
+    @property
+    def stands(self) -> bool:
+        """Whether the file is there, of its size and with its header; of the tensors this says nothing."""
+        if not self.path.is_file() or self.path.stat().st_size != self.size:
+            return False
+        with open(self.path, "rb") as file:
+            return file.read(len(self.head)) == self.head
+
+    def create(self) -> dict[str, Slot]:
+        """Make the file, unless a killed run left it; returns the slots. Raises LowraError when it has no room."""
+        if not self.stands:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with SpaceTold(self.path), open(self.path, "wb") as file:
+                if hasattr(os, "posix_fallocate") and self.size > len(self.head):
+                    os.posix_fallocate(file.fileno(), 0, self.size)  # a full disk shows now, not hours later
+                file.truncate(self.size)
+                file.write(self.head)
+        return self.slots
 
 
 # ---- A folder in the making -------------------------------------------------------------------------------------
@@ -162,6 +174,11 @@ class Workshop:
             return
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise LowraError(f"output={folder} is not empty; name a new folder, or empty this one.")
+        if self.partial.is_dir() and any(self.partial.iterdir()) and not (self.partial / JOURNAL).exists():
+            raise LowraError(
+                f"{self.partial}, where the output is made, holds files of somebody else's; move it away, or name "
+                "another output."
+            )
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._journal: TextIO = open(self.partial / JOURNAL, "a+", encoding="utf-8")  # noqa: SIM115 (held to the end)

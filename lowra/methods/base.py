@@ -144,25 +144,44 @@ def as_method(target: Any, name: str) -> Method:
     if callable(getattr(target, "recover", None)):
         _bind(target.recover, name, "the observation", {})
         if all(hasattr(target, attribute) for attribute in ("pretty", "reference", "needs_rank")):
-            return target  # type: ignore[no-any-return]
-        return ObjectMethod(
-            target,
-            str(getattr(target, "pretty", name)),
-            str(getattr(target, "reference", "")),
-            bool(getattr(target, "needs_rank", False)),
-        )
+            return _named(target, name)
+        pretty, reference = getattr(target, "pretty", name), getattr(target, "reference", "")
+        return _named(ObjectMethod(target, pretty, reference, getattr(target, "needs_rank", False)), name)
     if callable(target):
+        _signature(target, name)
         asked = _asked(target)
         _bind(target, name, "the stack (n, d, k)", dict.fromkeys(asked))
         bare = target
         while isinstance(bare, functools.partial):
             bare = bare.func
         needs = "rank" in asked and asked["rank"].default is inspect.Parameter.empty
-        return FunctionMethod(target, str(getattr(bare, "pretty", name)), needs_rank=needs)
+        return _named(FunctionMethod(target, getattr(bare, "pretty", name), needs_rank=needs), name)
     raise LowraError(
         f"Method {name!r} is a {type(target).__name__}; expected an object with recover(observation), "
         "or a function of the stack (n, d, k) given with `_partial_: true`."
     )
+
+
+def _named(method: Method, name: str) -> Method:
+    """The method, what it says of itself checked."""
+    for key, kind, expected in (
+        ("pretty", str, "a text"),
+        ("reference", str, "a text"),
+        ("needs_rank", bool, "True or False"),
+    ):
+        if not isinstance(value := getattr(method, key), kind):
+            raise LowraError(f"Method {name!r}: {key} is a {type(value).__name__}; expected {expected}.")
+    return method
+
+
+def _signature(function: Callable[..., Any], name: str) -> inspect.Signature:
+    """What a function asks for; raises LowraError for functions of C, which do not say."""
+    try:
+        return inspect.signature(function)
+    except ValueError as error:
+        raise LowraError(
+            f"Method {name!r}: {error}. Give a function of your own, `def mine(stack): ...`, that calls it."
+        ) from None
 
 
 def _asked(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -178,7 +197,7 @@ def _asked(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def _bind(function: Callable[..., Any], name: str, first: str, granted: dict[str, None]) -> None:
     """Raise LowraError when a function cannot be called with `first` and what it is granted."""
-    signature = inspect.signature(function)
+    signature = _signature(function, name)
     if not signature.parameters:
         raise LowraError(f"Method {name!r} takes no argument; a method takes {first} first.")
     try:

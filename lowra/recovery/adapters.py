@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowra.checkpoints.matching import Match
 from lowra.checkpoints.reading import Checkpoint, StoredState, TensorInfo
-from lowra.checkpoints.writing import Entry, SpaceTold, create_shard
+from lowra.checkpoints.writing import Entry, Shard, SpaceTold
 from lowra.methods.subspace_intersection.noise import joined, rounding_noise, stored_as
 from lowra.methods.subspace_intersection.ranges import OVERSAMPLING, Difference, row_space, triplets
 from lowra.recovery.tensors import Sources, view_of
@@ -164,7 +164,7 @@ def write_adapter(
             entries.append(Entry(name, torch.float32, factor_shape(part, shape, rank, transposed=transposed)))
             values[name] = partial(factor, scratch_file(scratch, key), model, part, shape, rank, transposed=transposed)
     place.mkdir(parents=True, exist_ok=True)
-    slots = create_shard(place / "adapter_model.safetensors", entries, {})
+    slots = Shard.planned(place / "adapter_model.safetensors", entries, {}).create()
     for name, slot in slots.items():
         slot.write(values[name]())
     pattern = {f"^{re.escape(path)}": rank for path, rank in sorted(ranks.items()) if rank != common}

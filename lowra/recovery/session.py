@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -21,10 +22,10 @@ from lowra.checkpoints.reading import Checkpoint, open_checkpoint, other_files
 from lowra.checkpoints.single_file import aligned
 from lowra.checkpoints.writing import (
     Entry,
+    Shard,
     Slot,
     Workshop,
     check_space,
-    create_shard,
     index_name,
     index_text,
     output_name,
@@ -41,6 +42,9 @@ from lowra.recovery.work import Task, settle, solve_one
 
 # Tensors solved by a dry run for the ranks it shows and the time it foresees.
 TRIED = 3
+
+# Folder of the adapters in the output.
+ADAPTERS = "adapters"
 
 # What the process needs beside the tensors, bytes: PyTorch itself and the names.
 CONSTANT = 600 * 2**20
@@ -252,10 +256,7 @@ def carry_out(plan: Plan, say: Callable[[str], None] = lambda line: None, progre
         check_space(request.output, plan.output_bytes() - _already(request.output))
     workshop = Workshop(place, key, scratch=[SCRATCH]) if place is not None else None
     if workshop is not None and workshop.finished:
-        _refuse_incomplete(plan, workshop.folder)
-        say(f"{workshop.folder} is there already, made by this very command.")
-        records = json.loads((workshop.folder / card.RECORDS).read_text())["tensors"]
-        return Report(plan, tuple(records), (workshop.folder / card.CARD).read_text(), workshop.folder)
+        return _finished(plan, workshop.folder, say)
     slots: dict[str, Slot] = {}
     if workshop is not None:
         workshop.begin(request.command)
@@ -286,22 +287,41 @@ def _already(output: Path) -> int:
     return sum(path.stat().st_size for path in partial.rglob("*.safetensors")) if partial.is_dir() else 0
 
 
-def _slots(plan: Plan, folder: Path) -> dict[str, Slot]:
-    """Every tensor's place in the shards of the output, which have their full size from here on."""
-    slots = {}
+def _shards(plan: Plan, folder: Path) -> Iterator[tuple[str, Shard]]:
+    """The files that hold the output's weights, each with its component."""
     first = plan.models[plan.used[0]]
     for component, state in first.components.items():
         for name, entries in plan_shards(state).items():
             source = next(path for path in state.files if output_name(path) == name)
-            made = create_shard(folder / component / name, entries, state.metadata[source])
-            slots.update({f"{component}/{n}" if component else n: slot for n, slot in made.items()})
-    return slots
+            yield component, Shard.planned(folder / component / name, entries, state.metadata[source])
+
+
+def _slots(plan: Plan, folder: Path) -> dict[str, Slot]:
+    """Every tensor's place in the shards of the output, which have their full size from here on."""
+    return {
+        f"{component}/{name}" if component else name: slot
+        for component, shard in _shards(plan, folder)
+        for name, slot in shard.create().items()
+    }
+
+
+def _copied(plan: Plan) -> list[Path]:
+    """The files of the first model that are taken along, relative; none whose place is taken by the output's own."""
+    own = (card.CARD, card.RECORDS, card.PICTURE, card.MASKS, ADAPTERS)
+    if plan.request.output is None:
+        return []
+    return [inside for inside in other_files(plan.models[plan.used[0]]) if inside.parts[0] not in own]
 
 
 def _masks(plan: Plan, folder: Path) -> dict[str, Slot]:
     """A mask for every tensor that is to be recovered: all zeros (nothing is sure) until a method says otherwise."""
     entries = [Entry(tensor.label, torch.bool, tensor.info.shape) for tensor in plan.to_solve()]
-    return create_shard(folder / card.MASKS, entries, {}) if entries else {}
+    masks = Shard.planned(folder / card.MASKS, entries, {})
+    if any(shard.path == masks.path for _, shard in _shards(plan, folder)):
+        raise LowraError(
+            f"{card.MASKS} is where sure=true writes, and the name of the first model's weights; rename that file."
+        )
+    return masks.create() if entries else {}
 
 
 def _verify(workshop: Workshop, slots: dict[str, Slot]) -> None:
@@ -316,17 +336,37 @@ def _verify(workshop: Workshop, slots: dict[str, Slot]) -> None:
             workshop.forget(label)
 
 
-def _refuse_incomplete(plan: Plan, folder: Path) -> None:
-    """Raise LowraError where a finished output has lost files of its weights."""
-    if plan.request.output is None:
-        return
-    for component, state in plan.models[plan.used[0]].components.items():
-        for name in plan_shards(state):
-            if not (folder / component / name).is_file():
+def _finished(plan: Plan, folder: Path, say: Callable[[str], None]) -> Report:
+    """What an earlier run of the very command left; raises LowraError where its files are not as it left them."""
+    again = "delete the folder and give the command again."
+    for name in (card.CARD, card.PICTURE):
+        if not (folder / name).is_file():
+            raise LowraError(f"{folder} was made by this very command, but {name} is gone; {again}")
+    records = json.loads((folder / card.RECORDS).read_text()).get("tensors")
+    if not isinstance(records, list) or len(records) != len(plan.matching.tensors):
+        raise LowraError(f"{folder} was made by this very command, but {card.RECORDS} was changed since; {again}")
+    if plan.request.output is not None:
+        labels = [tensor.label for tensor in plan.matching.tensors]
+        checksums = {label: record.get("checksum") for label, record in zip(labels, records, strict=True)}
+        for component, shard in _shards(plan, folder):
+            file = shard.path.relative_to(folder)
+            if not shard.path.is_file():
+                raise LowraError(f"{folder} was made by this very command, but {file} is gone; {again}")
+            wrong = "" if shard.stands else "its header or size"
+            for tensor, slot in shard.slots.items() if not wrong else ():
+                if slot.checksum() != checksums[f"{component}/{tensor}" if component else tensor]:
+                    wrong = tensor
+            if wrong:
                 raise LowraError(
-                    f"{folder} was made by this very command, but {Path(component) / name} is gone; delete the folder "
-                    "and give the command again."
+                    f"{folder} was made by this very command, but {file} was changed since ({wrong}); {again}"
                 )
+    say(f"{folder} is there already, made by this very command.")
+    first = plan.models[plan.used[0]]
+    for inside in _copied(plan):
+        copied = folder / inside
+        if not copied.is_file() or not filecmp.cmp(first.place / inside, copied, shallow=False):
+            say(f"{copied} is not what {first.place / inside} is now.")
+    return Report(plan, tuple(records), (folder / card.CARD).read_text(), folder)
 
 
 def _worked(plan: Plan, task: Task, pending: Sequence[int], progress: bool) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -362,7 +402,7 @@ class Step:
 
 def _public(record: dict[str, Any]) -> dict[str, Any]:
     """A journal's record as recovery.json holds it."""
-    return {key: value for key, value in record.items() if key not in ("item", "checksum")}
+    return {key: value for key, value in record.items() if key != "item"}
 
 
 def _finish(plan: Plan, workshop: Workshop, records: tuple[dict[str, Any], ...], key: str) -> Report:
@@ -374,12 +414,12 @@ def _finish(plan: Plan, workshop: Workshop, records: tuple[dict[str, Any], ...],
             shards = plan_shards(state)
             if len(shards) > 1:
                 workshop.write_text(str(Path(component) / index_name(state.files[0])), index_text(shards))
-        for inside in other_files(first):
+        for inside in _copied(plan):
             workshop.write(str(inside), partial(shutil.copyfile, first.place / inside))
     if request.adapters:
         labelled = {tensor.label: record for tensor, record in zip(plan.matching.tensors, records, strict=True)}
         scratch = workshop.partial / SCRATCH
-        lacking = write_adapters(workshop.partial / "adapters", scratch, plan.models, plan.used, labelled)
+        lacking = write_adapters(workshop.partial / ADAPTERS, scratch, plan.models, plan.used, labelled)
     text = card.text(plan, records, lacking)
     workshop.write_text(card.RECORDS, card.records_text(plan, records, key))
     workshop.write(card.PICTURE, lambda path: card.draw(records, path))

@@ -74,3 +74,15 @@ def test_targets_that_are_no_methods():
         as_method(5, "five")
     with pytest.raises(LowraError, match="'empty' takes no argument"):
         as_method(lambda: None, "empty")
+    with pytest.raises(LowraError, match=r"'largest': no signature found for builtin.*Give a function of your own"):
+        as_method(max, "largest")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [("pretty", 5, "pretty is a int; expected a text"), ("needs_rank", "no", "needs_rank is a str; expected True or")],
+)
+def test_what_a_method_says_of_itself_is_checked(attribute, value, message):
+    target = type("Mine", (), {"recover": lambda self, observation: None, attribute: value})()
+    with pytest.raises(LowraError, match=f"Method 'mine': {message}"):
+        as_method(target, "mine")

@@ -233,9 +233,64 @@ def test_an_output_that_lost_its_weights_is_not_believed(tmp_path: Path) -> None
     models = three(tmp_path)
     recover_checkpoints(models, tmp_path / "out")
     recover_checkpoints(models, tmp_path / "out")
-    (tmp_path / "out" / "model.safetensors").unlink()
-    with pytest.raises(LowraError, match=r"made by this very command, but model\.safetensors is gone; delete"):
+    for name in ("recovery.png", "model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+        with pytest.raises(LowraError, match=rf"made by this very command, but {name} is gone; delete"):
+            recover_checkpoints(models, tmp_path / "out")
+        (tmp_path / "out" / name).touch()  # only that one lacks at a time
+
+
+def test_an_output_whose_weights_were_changed_is_not_believed(tmp_path: Path) -> None:
+    models = three(tmp_path)
+    recover_checkpoints(models, tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    whole = weights.read_bytes()
+    tensors = load_file(weights)
+    tensors["lm_head.weight"][3, 4] += 1
+    save_file(tensors, tmp_path / "changed.safetensors", metadata={"format": "pt"})
+    for broken, what in (
+        ((tmp_path / "changed.safetensors").read_bytes(), r"\(lm_head\.weight\)"),
+        (whole[:-4], "its header or size"),
+        (whole + b"1234", "its header or size"),
+    ):
+        weights.write_bytes(broken)
+        with pytest.raises(LowraError, match=rf"model\.safetensors was changed since.*{what}.*; delete"):
+            recover_checkpoints(models, tmp_path / "out")
+    weights.write_bytes(whole)
+    said: list[str] = []
+    (models[0] / "config.json").write_text('{"changed": true}')
+    recover_checkpoints(models, tmp_path / "out", say=said.append)
+    assert "out/config.json is not what" in said[-1]
+    records = json.loads((tmp_path / "out" / "recovery.json").read_text())
+    (tmp_path / "out" / "recovery.json").write_text(json.dumps({**records, "tensors": records["tensors"][:3]}))
+    with pytest.raises(LowraError, match=r"recovery\.json was changed since"):
         recover_checkpoints(models, tmp_path / "out")
+
+
+def test_names_of_the_first_models_files_that_the_output_has_for_its_own(tmp_path: Path) -> None:
+    models = three(tmp_path)
+    for name in ("README.md", "recovery.json", "recovery.png", "adapters", "sure.safetensors"):
+        (models[0] / name).mkdir()
+        (models[0] / name / "note.txt").write_text("of the model")
+    recover_checkpoints(models, tmp_path / "out", adapters=True, sure=True)
+    assert (tmp_path / "out" / "README.md").read_text().startswith("---")
+    assert not list((tmp_path / "out").rglob("note.txt"))
+
+
+def test_weights_named_as_the_masks_are(tmp_path: Path) -> None:
+    models = [shutil.copy(m / "model.safetensors", tmp_path / f"{m.name}.safetensors") for m in three(tmp_path)]
+    first = Path(models[0]).rename(tmp_path / "sure.safetensors")
+    with pytest.raises(LowraError, match=r"sure\.safetensors is where sure=true writes, and the name of"):
+        recover_checkpoints([first, *models[1:]], tmp_path / "out", sure=True)
+
+
+def test_somebody_elses_folder_where_the_output_is_made_is_left_alone(tmp_path: Path) -> None:
+    models = three(tmp_path)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(LowraError, match=r"out\.partial, where the output is made, holds files of somebody else's"):
+        recover_checkpoints(models, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["model.safetensors"]
 
 
 def test_an_adapters_configuration_is_not_taken_along(tmp_path: Path) -> None:
