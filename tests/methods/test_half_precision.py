@@ -798,6 +798,29 @@ def test_what_nothing_tells_from_the_base_is_answered_no_worse_than_by_a_vote(mu
     assert layer.exact(recovery.candidates[0]) >= layer.exact(vote(layer.merged)) - 0.002
 
 
+@pytest.mark.parametrize(("mu", "seed"), [(0.3, 3), (0.5, 4)])
+def test_a_fit_that_predicts_better_is_not_given_up_for_a_vote_that_is_more_confident(mu: float, seed: int) -> None:
+    layer = Layer(norms=(0.14, 1.3, 0.35), mu=mu, seed=seed)
+    found = recover(layer)
+    # A vote, told the sizes of the updates alone, expects .99 and more, and has .93 and .90.
+    assert found.stats["certificate"] == "uncertified"
+    assert float((found.candidates[0] == layer.base).float().mean()) > 0.975
+
+
+def test_a_direction_that_all_share_shows_beside_updates_of_which_nothing_was_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(40, 1, generator=generator)
+
+    def side(k: int, *scales: float) -> tuple[Tensor, ...]:
+        return tuple(scale * torch.randn(k, 1, generator=generator) for scale in scales)
+
+    scales = (1.0, 3.0, 0.01, 1e-15, 1.0)
+    left = tuple(common * scale if scale > 1e-10 else own for scale, own in zip(scales, side(40, *scales), strict=True))
+    assert recovery.shared_direction(Factors(left, side(60, *scales))) > 0.999
+    # One alone would share with itself.
+    assert recovery.shared_direction(Factors(side(40, 1.0, 1e-15, 1e-15), side(60, 1.0, 1e-15, 1e-15))) < 0.8
+
+
 def test_an_open_closed_form_is_a_better_start_than_a_vote() -> None:
     layer = Layer((256, 320), (8, 8, 8), mu=2.0, overlap=(0.8, 0.2))
     recovery = recover(layer)
