@@ -101,14 +101,16 @@ OPPOSED = 0.05
 # with a base on no grid.
 EASY = 0.97
 
-# Predicted share from which a fit that neither explains nor predicts, of updates close to each other, is better than a
-# vote all the same. (Of 116 such layers whose updates share a direction six are beyond it and gain .15 to .6; of eight
-# more beyond .92 one would lose .06.) And the misfit from which one model is not explained at all: where no direction is
-# shared, the others may be.
-NOT_ASTRAY, ONE_LEFT_OUT = 0.945, 2.0
-
 # The same of a part of a layer, which leaves more weights open than the whole will, where updates are not faint.
 EASY_PART = 0.95
+
+# Predicted share from which a fit that neither explains nor predicts, of updates close to each other, is better than a
+# vote all the same. (Of 116 such layers whose updates share a direction six are beyond it and gain .15 to .6; of eight
+# more beyond .92 one would lose .06.)
+NOT_ASTRAY = 0.945
+
+# Misfit from which one model is not explained at all: where no direction is shared, the others may be.
+ONE_LEFT_OUT = 2.0
 
 # Rounds in which added directions find their place before any is pruned, as a faint one needs the smallest weights,
 # which are wrong as long as it is not known: pruned at once, it is lost again. And rounds after these.
