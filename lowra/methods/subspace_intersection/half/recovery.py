@@ -15,7 +15,7 @@ from lowra.methods.subspace_intersection.half import levels
 from lowra.methods.subspace_intersection.half.cavity import Decoded, Sweep
 from lowra.methods.subspace_intersection.half.cells import format_of, grid_of
 from lowra.methods.subspace_intersection.half.doubt import SecondLook
-from lowra.methods.subspace_intersection.half.fit import FAINTEST, Factors, Variances, qr_of
+from lowra.methods.subspace_intersection.half.fit import FAINTEST, Factors, Variances, qr_of, relevances
 from lowra.methods.subspace_intersection.half.parts import threads
 from lowra.methods.subspace_intersection.half.rounds import (
     FROM_AFAR,
@@ -55,9 +55,6 @@ FEW_SURE = 0.9
 # Nearness to a direction that all updates share (see `shared_direction`) from which nothing is certified. Independent
 # updates have .4 to .7, with a cosine of .8 between their spaces .87, with one of .99 .993.
 SHARED = 0.95
-
-# Size of an update over the largest one's from which something was found of it.
-NOTHING = 1e-6
 
 # The same from which a whole layer takes a few rounds more to come to rest, and the unknowns of an update over its
 # equations.
@@ -122,11 +119,10 @@ AT_ONCE = (1000.0,)
 FINISH = (30.0, 300.0, 3000.0)
 FINISH_CLEAR = (100.0, 3000.0)
 
-# Relevance of the faintest direction found from which a part has seen all: of a spectrum that falls off gently the next
-# would have been seen too, and one beyond a gap is worth no more than the noise in two others. Not of faint updates:
-# what was pruned of them before the rounds came to rest leaves a gap where there is none.
+# Relevance from which a direction stands out. Where the faintest one found does, a part has seen all: of a spectrum
+# that falls off gently the next would have been seen too, and one beyond a gap is worth no more than the noise in two
+# others. Not of faint updates: what was pruned of them before the rounds came to rest leaves a gap where there is none.
 CLEAR = 2.0
-
 
 # Factor of the updates' variances, over what held-out cells ask for, under which a sure weight has to stay so.
 WIDER = 2.0
@@ -190,22 +186,28 @@ class HalfAnswer:
         return f"Not certified: the best explanation found {why}. If it is right: {share}."
 
 
-def shared_direction(factors: Factors) -> float:
+def shared_direction(factors: Factors, among: Sequence[int] | None = None) -> float:
     """How nearly all updates have one direction of their column or row spaces in common: 1 where they do.
 
-    The largest eigenvalue of the mean of the projectors on the spaces, of updates of which anything was found: a factor
-    of nothing has one by chance. Along such a direction nothing tells the updates from W but the grid, and a wrong
-    explanation predicts stored numbers as well as the right one.
+    among: some of them. The largest eigenvalue of the mean of the projectors on the spaces. Along such a direction
+    nothing tells the updates from W but the grid, and a wrong explanation predicts stored numbers as well as the right
+    one.
     """
-    sizes = [float(size.sum()) for size in factors.sizes()]
-    some = [i for i, size in enumerate(sizes) if size > NOTHING * max(sizes)]
-    if len(some) < 2:
-        some = list(range(len(sizes)))
+    some = range(len(factors.ranks)) if among is None else among
     found = 0.0
     for side in (factors.left, factors.right):
         bases = torch.cat([qr_of(side[i])[0] for i in some], 1)
         found = max(found, float(torch.linalg.matrix_norm(bases, 2)) ** 2 / len(some))
     return found
+
+
+def clearly_seen(run: Run) -> list[int] | None:
+    """The updates of which a direction stands out from the noise, None where one at most does.
+
+    What is found of others points anywhere: beside it, what all updates share would not show.
+    """
+    clear = [i for i, found in enumerate(relevances(run.factors, run.variances)) if float(found.max()) > CLEAR]
+    return clear if len(clear) > 1 else None
 
 
 def shares(run: Run, other: Run) -> bool:
@@ -236,7 +238,7 @@ def certifiable(run: Run, models: int, hint: int | None, *, part: bool = False) 
     return (
         not crowded(run.factors, hint)
         and models >= MODELS
-        and shared_direction(run.factors) < SHARED
+        and shared_direction(run.factors, clearly_seen(run)) < SHARED
         and max(run.misfit) <= MISFIT
         and (part or run.decoded.predicted >= OPEN or max(run.misfit) >= HIDDEN)
         and evidence.calibrated_deviation >= DEVIATION
