@@ -164,7 +164,7 @@ class HalfAnswer:
         share = f"{self.predicted:.2%} of the weights are expected to be exact, {self.sure:.2%} are sure"
         if self.certified:
             return f"Certified by held-out cells: {share}."
-        if self.start == "vote":
+        if not self.ranks:
             return (
                 "Not certified: no updates of low rank were found that predict stored numbers held out; what most "
                 f"models store is returned. {share[0].upper()}{share[1:]}."
@@ -369,9 +369,8 @@ class Recoverer:
             if base == torch.float16:  # asked again, now that more of the weights are right
                 cells, run, base = self._coarser(cells, run)
         decoded, certified = run.decoded, certifiable(run, n, self.hint)
-        if certified:
-            doubt(cells, run)
-            certified = decoded.sure >= FEW_SURE or max(run.misfit) >= HIDDEN
+        doubt(cells, run)
+        certified = certified and (decoded.sure >= FEW_SURE or max(run.misfit) >= HIDDEN)
         alone = self._unfitted(whole, run.sites) if not certified or decoded.predicted < EASY else None
         del run.sites  # more than half of all memory, before the answer takes some
         if alone is not None:
