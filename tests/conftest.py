@@ -135,9 +135,10 @@ def planted_kinds(kinds: tuple[str, ...] = KINDS_PLANTED, layers: int = 2, d: in
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible() -> None:
-    """Processes that tests start can be interrupted, also where the tests run in the background of a shell."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Processes that tests start can be interrupted, also where the tests run in a shell's background or by nohup."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
