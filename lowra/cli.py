@@ -30,7 +30,6 @@ def command(work: Callable[[DictConfig], Any], config: str = "config") -> None:
     failed in part (a result with `failures`) is status 1. Other exceptions are bugs of ours and keep their traceback.
     """
     signals.leave()
-    open_streams()
     failed: list[Any] = []
 
     def whole() -> None:
@@ -80,10 +79,10 @@ def tell_mistakes(work: Callable[[], Any]) -> Any:
     Libraries turn interrupts into errors of their own (an import that failed, a broken pool): what is raised after a
     signal came is its doing.
     """
+    open_streams()
     try:
         result = work()
-        if sys.stdout is not None:  # as it is where it was closed
-            sys.stdout.flush()  # here, where it can still be said that it cannot be written
+        sys.stdout.flush()  # here, where it can still be said that it cannot be written
         return result
     except (Exception, KeyboardInterrupt) as error:
         if signals.came() or isinstance(error, KeyboardInterrupt):
@@ -94,9 +93,8 @@ def tell_mistakes(work: Callable[[], Any]) -> Any:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         if isinstance(error, OSError) and error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # or the interpreter's end would say it again
+            # Or the interpreter's end would say it again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if error.errno == errno.EPIPE:  # nobody reads on, as after `| head`
                 raise SystemExit(128 + signal.SIGPIPE) from None
             print(f"error: Cannot write ({error.strerror}).", file=sys.stderr)
@@ -165,12 +163,13 @@ def _unreadable(arguments: Sequence[str], config: str) -> LowraError:
         return LowraError(f"{argument!r} is no setting; expected KEY=VALUE, such as {example}.")
     if key != key.strip() or value != value.strip():
         return LowraError(f"{argument!r} has spaces at its =; write {key.strip()}={value.strip()}.")
-    if value.startswith(("[", "{")) and value.count(value[0]) > value.count("]}"["[{".index(value[0])]):
-        closed = f"{key}={value[0]}...{']}'['[{'.index(value[0])]}"
+    end = {"[": "]", "{": "}"}.get(value[:1])
+    if end is not None and value.count(value[0]) > value.count(end):
+        closed = f"'{key}={value[0]}...{end}'"
         return LowraError(
-            f"{argument!r} is not closed; a shell parts arguments at spaces, so put the whole in quotes: '{closed}'."
+            f"{argument!r} is not closed; a shell parts arguments at spaces, so put the whole in quotes: {closed}."
         )
-    if value.startswith(("[", "{")):
+    if end is not None:
         return LowraError(f"{argument!r} cannot be read; put names that hold spaces or signs in quotes of their own.")
     escaped = value.replace('"', '\\"')
     quoted = f'{key}="{escaped}"'

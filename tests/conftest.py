@@ -34,9 +34,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
     Each has its part of the processor's threads, and so have the processes that its tests start.
     """
-    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
-    if "PYTEST_XDIST_WORKER" in os.environ or hasattr(config, "workerinput"):
+    if "PYTEST_XDIST_WORKER" in os.environ:
         return  # one of those that share the tests has called this for itself
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         workers = min(WORKERS, cores())
         if workers > 1 and not config.option.usepdb:

@@ -287,22 +287,23 @@ def _already(output: Path) -> int:
     return sum(path.stat().st_size for path in partial.rglob("*.safetensors")) if partial.is_dir() else 0
 
 
-def _shards(plan: Plan, folder: Path) -> Iterator[tuple[str, Shard]]:
-    """The files that hold the output's weights, each with its component."""
+def _shards(plan: Plan, folder: Path) -> Iterator[tuple[Shard, dict[str, Slot]]]:
+    """The files that hold the output's weights, each with its slots by the tensors' labels."""
     first = plan.models[plan.used[0]]
     for component, state in first.components.items():
         for name, entries in plan_shards(state).items():
             source = next(path for path in state.files if output_name(path) == name)
-            yield component, Shard.planned(folder / component / name, entries, state.metadata[source])
+            shard = Shard.planned(folder / component / name, entries, state.metadata[source])
+            yield shard, {f"{component}/{n}" if component else n: slot for n, slot in shard.slots.items()}
 
 
 def _slots(plan: Plan, folder: Path) -> dict[str, Slot]:
     """Every tensor's place in the shards of the output, which have their full size from here on."""
-    return {
-        f"{component}/{name}" if component else name: slot
-        for component, shard in _shards(plan, folder)
-        for name, slot in shard.create().items()
-    }
+    slots: dict[str, Slot] = {}
+    for shard, labelled in _shards(plan, folder):
+        shard.create()
+        slots |= labelled
+    return slots
 
 
 def _copied(plan: Plan) -> list[Path]:
@@ -317,7 +318,7 @@ def _masks(plan: Plan, folder: Path) -> dict[str, Slot]:
     """A mask for every tensor that is to be recovered: all zeros (nothing is sure) until a method says otherwise."""
     entries = [Entry(tensor.label, torch.bool, tensor.info.shape) for tensor in plan.to_solve()]
     masks = Shard.planned(folder / card.MASKS, entries, {})
-    if any(shard.path == masks.path for _, shard in _shards(plan, folder)):
+    if any(shard.path == masks.path for shard, _ in _shards(plan, folder)):
         raise LowraError(
             f"{card.MASKS} is where sure=true writes, and the name of the first model's weights; rename that file."
         )
@@ -338,28 +339,30 @@ def _verify(workshop: Workshop, slots: dict[str, Slot]) -> None:
 
 def _finished(plan: Plan, folder: Path, say: Callable[[str], None]) -> Report:
     """What an earlier run of the very command left; raises LowraError where its files are not as it left them."""
-    again = "delete the folder and give the command again."
+
+    def refused(what: str) -> LowraError:
+        return LowraError(
+            f"{folder} was made by this very command, but {what}; delete the folder and give the command again."
+        )
+
     for name in (card.CARD, card.PICTURE):
         if not (folder / name).is_file():
-            raise LowraError(f"{folder} was made by this very command, but {name} is gone; {again}")
+            raise refused(f"{name} is gone")
     records = json.loads((folder / card.RECORDS).read_text()).get("tensors")
     if not isinstance(records, list) or len(records) != len(plan.matching.tensors):
-        raise LowraError(f"{folder} was made by this very command, but {card.RECORDS} was changed since; {again}")
+        raise refused(f"{card.RECORDS} was changed since")
     if plan.request.output is not None:
         labels = [tensor.label for tensor in plan.matching.tensors]
         checksums = {label: record.get("checksum") for label, record in zip(labels, records, strict=True)}
-        for component, shard in _shards(plan, folder):
+        for shard, slots in _shards(plan, folder):
             file = shard.path.relative_to(folder)
             if not shard.path.is_file():
-                raise LowraError(f"{folder} was made by this very command, but {file} is gone; {again}")
-            wrong = "" if shard.stands else "its header or size"
-            for tensor, slot in shard.slots.items() if not wrong else ():
-                if slot.checksum() != checksums[f"{component}/{tensor}" if component else tensor]:
-                    wrong = tensor
-            if wrong:
-                raise LowraError(
-                    f"{folder} was made by this very command, but {file} was changed since ({wrong}); {again}"
-                )
+                raise refused(f"{file} is gone")
+            if not shard.stands:
+                raise refused(f"{file} was changed since (its header or size)")
+            for label, slot in slots.items():
+                if slot.checksum() != checksums[label]:
+                    raise refused(f"{file} was changed since ({label})")
     say(f"{folder} is there already, made by this very command.")
     first = plan.models[plan.used[0]]
     for inside in _copied(plan):

@@ -546,8 +546,10 @@ def test_hidden_updates_are_certified_only_where_most_weights_stay_sure(monkeypa
     hidden, seen = Layer(mu=0.3, seed=0), Layer(mu=2.0, seed=0)
     for least, expected in ((0.9, ["certified", "certified"]), (0.999, ["uncertified", "certified"])):
         monkeypatch.setattr(recovery, "FEW_SURE", least)
-        found = [recover(layer).stats for layer in (hidden, seen)]
+        recoveries = [recover(layer) for layer in (hidden, seen)]
+        found = [each.stats for each in recoveries]
         assert [stats["certificate"] for stats in found] == expected
+        assert ("leaves few weights sure" in recoveries[0].status) == (expected[0] == "uncertified")
         assert float(found[0]["chi"] or 0) < recovery.HIDDEN < float(found[1]["chi"] or 0)
         assert 0.9 < float(found[0]["sure_share"] or 0) < 0.999
         assert float(found[1]["sure_share"] or 0) < 0.999
@@ -819,7 +821,9 @@ def test_a_direction_that_all_share_shows_beside_updates_of_which_nothing_is_see
     assert clear == [0, 1, 2]
     assert recovery.shared_direction(run.factors) < recovery.SHARED
     assert recovery.shared_direction(run.factors, clear) > 0.97
-    assert recover(layer).stats["certificate"] != "certified"
+    found = recover(layer)
+    assert found.stats["certificate"] != "certified"
+    assert "has a direction that all updates share" in found.status
 
 
 def test_an_open_closed_form_is_a_better_start_than_a_vote() -> None:

@@ -179,10 +179,12 @@ class HalfAnswer:
             why = "leaves many weights open, and one that moves what updates share into W may be as good"
         elif self.deviation < DEVIATION:
             why = f"predicts stored numbers held out worse than it should, by {-self.deviation:.2f} nats"
-        else:
+        elif self.overconfidence + min(0.0, self.deviation) < OVERCONFIDENCE:
             why = (
                 f"fits the numbers it was made from much better than numbers held out ({-self.overconfidence:.2f} nats)"
             )
+        else:
+            why = "leaves few weights sure once they are doubted, and what updates share may have moved into W"
         return f"Not certified: the best explanation found {why}. If it is right: {share}."
 
 
@@ -436,7 +438,7 @@ class Recoverer:
             likelihood=decoded.evidence.likelihood,
             deviation=decoded.evidence.calibrated_deviation,
             overconfidence=decoded.evidence.deviation,
-            shared=shared_direction(run.factors) if run else 0.0,
+            shared=shared_direction(run.factors, clearly_seen(run)) if run else 0.0,
             ranks=run.factors.ranks if run else (),
             start=name,
             grid=base,
